@@ -1,0 +1,689 @@
+"""The idea: three agents that are prompt templates over one sampler. No tensor in here.
+
+    ToolMaker   reads a question, says of what kind it is, writes the tools it needs; they are validated
+    AutoAgent   thinks, calls tools, reads observations, answers (ReAct)
+    ToolActor   plays the tools: it simulates what a call returns, checked against the tool's return schema
+
+The sampler they are given opens, appends to and samples conversations (model.Sampler). What it sampled is kept
+as ids and never encoded again; what the program adds is encoded once; both enter the Trace with their loss mask.
+"""
+import ast
+import json
+import operator
+import re
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import Callable
+
+import jsonschema
+import numpy as np
+
+# ------------------------------------------------------------------------------------------ protocol
+# Qwen2.5's chat and tool format, to the letter: the chat_template of Qwen2.5-Instruct's tokenizer_config.json.
+
+
+class Control(str):
+    """A control token that the program puts. A plain str can't become one, whatever it spells."""
+
+
+IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+CALL, CALL_END = Control("<tool_call>"), Control("</tool_call>")
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+TOOLS_HEAD = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+              "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
+TOOLS_TAIL = ["\n</tools>\n\nFor each function call, return a json object with function name and arguments within ",
+              CALL, CALL_END, " XML tags:\n", CALL,
+              '\n{"name": <function-name>, "arguments": <args-json-object>}\n', CALL_END]
+GENERATE = [IM_START, "assistant\n"]  # the header of the turn that is to be sampled
+
+
+def dumps(value: object) -> str:
+    """JSON as the template prints it: spaces after , and :, insertion order, non-ASCII kept."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def turn(role: str, *content: str) -> list[str]:
+    """One whole turn as pieces."""
+    return [IM_START, f"{role}\n", *content, IM_END, "\n"]
+
+
+def system_turn(text: str = DEFAULT_SYSTEM, schemas: list[dict] = ()) -> list[str]:
+    """The first turn: instructions, and the tools if there are any."""
+    tools = [TOOLS_HEAD, *("\n" + dumps(schema) for schema in schemas), *TOOLS_TAIL] if schemas else []
+    return turn("system", text, *tools)
+
+
+def assistant_content(text: str, calls: list[dict]) -> list[str]:
+    """What stands between the assistant's header and its <|im_end|>: text, then calls, a newline between."""
+    pieces = [text] if text else []
+    for call in calls:
+        newline = "\n" if pieces else ""
+        pieces += [newline, CALL, f'\n{{"name": "{call["name"]}", "arguments": {dumps(call["arguments"])}}}\n', CALL_END]
+    return pieces
+
+
+def results_turn(results: list[str]) -> list[str]:
+    """All results of a turn, in the order of its calls, as one user turn (the template names neither tool nor id)."""
+    return [IM_START, "user" + "".join(f"\n<tool_response>\n{r}\n</tool_response>" for r in results), IM_END, "\n"]
+
+
+def result_text(observation: dict) -> str:
+    """JSON without '<': <tool_response> is plain text in Qwen2.5, a result must not be able to close it."""
+    return dumps(observation).replace("<", "\\u003c")
+
+
+def _jinja(pieces: list[str]) -> str:
+    return "{{- " + json.dumps("".join(pieces)) + " }}"
+
+
+CHAT_TEMPLATE = "".join((  # the same format for transformers' apply_chat_template, written beside a checkpoint
+    "{%- if messages[0].role == 'system' %}{%- set head = messages[0].content %}{%- else %}",
+    "{%- set head = ", json.dumps(DEFAULT_SYSTEM), " %}{%- endif %}",
+    _jinja([IM_START, "system\n"]), "{{- head }}",
+    "{%- if tools %}", _jinja([TOOLS_HEAD]), "{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}",
+    _jinja(TOOLS_TAIL), "{%- endif %}", _jinja([IM_END, "\n"]),
+    "{%- for m in messages %}{%- if m.role == 'tool' %}",
+    "{%- if loop.first or loop.previtem.role != 'tool' %}", _jinja([IM_START, "user"]), "{%- endif %}",
+    "{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}",
+    "{%- if loop.last or loop.nextitem.role != 'tool' %}", _jinja([IM_END, "\n"]), "{%- endif %}",
+    "{%- elif not (loop.first and m.role == 'system') %}", _jinja([IM_START]), "{{- m.role }}",
+    "{%- if m.content or not m.tool_calls %}{{- '\\n' + m.content }}{%- endif %}",
+    "{%- for call in m.tool_calls or [] %}{%- set f = call.function or call %}",
+    _jinja(["\n", CALL, '\n{"name": "']), "{{- f.name + '\", \"arguments\": ' + (f.arguments | tojson) }}",
+    _jinja(["}\n", CALL_END]), "{%- endfor %}", _jinja([IM_END, "\n"]), "{%- endif %}{%- endfor %}",
+    "{%- if add_generation_prompt %}", _jinja(GENERATE), "{%- endif %}"))
+
+# ------------------------------------------------------------------------------------------- prompts
+
+AGENT_SYSTEM = ("Think inside <think></think>. Then call tools, or give the final answer, as short as it can be, "
+                "inside <answer></answer>.")
+MAKER_SYSTEM = ("Write the tools that help to answer the question. First its kind, one of {kinds}, inside "
+                "<kind></kind>. Then, inside <tools></tools>, one JSON object a line: name, description, "
+                "parameters and returns, the last two as JSON schemas.")
+ACTOR_SYSTEM = ("You play a tool. For each call give what the tool would return, one JSON object that fits "
+                "its schema returns, or an error.")
+CLOSED_BOOK = "<think>I guess.</think>\n<answer>"  # put into the agent's mouth where it must answer with no tool
+
+
+# --------------------------------------------------------------------------------------------- tools
+
+
+class Rejected(ValueError):
+    """What a model wrote can't be used; the message says why in a few words that can stand in a prompt."""
+
+
+def strict_json(text: str) -> object:
+    """JSON without NaN, infinities and repeated keys; Rejected for anything else.
+
+    >>> strict_json('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    agents.Rejected: repeated key
+    """
+    def unique(pairs: list[tuple]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise Rejected("repeated key")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise Rejected(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except Rejected:
+        raise
+    except (ValueError, RecursionError):
+        raise Rejected("not JSON") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Tool:
+    """An OpenAI function, what it returns (no part of OpenAI's format), and, if it isn't simulated, its code."""
+    name: str
+    description: str
+    parameters: dict
+    returns: dict
+    run: Callable[..., dict] | None = None
+
+    @property
+    def schema(self) -> dict:
+        """As OpenAI's API takes it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+    @cached_property
+    def definition(self) -> str:
+        """All four parts as JSON: what the ToolMaker writes and the ToolActor reads."""
+        return dumps({**self.schema["function"], "returns": self.returns})
+
+    @cached_property
+    def arguments_fit(self) -> jsonschema.Draft202012Validator:
+        return jsonschema.Draft202012Validator(self.parameters)
+
+    @cached_property
+    def result_fits(self) -> jsonschema.Draft202012Validator:
+        return jsonschema.Draft202012Validator(self.returns)
+
+
+MAX_TOOLS, MAX_DEPTH, MAX_DESCRIPTION = 8, 6, 300
+
+
+def check_tools(tools: list[dict]) -> list[Tool]:
+    """What the ToolMaker wrote -> tools, or Rejected.
+
+    Checked: the four parts and no other; name of 1 to 64 letters, digits, _ or -, used once and by no utility
+    tool; a description; both schemas valid JSON Schema, of type object with properties, required among them, no
+    $ref, no pattern, no deep nesting. Not checked: that the tool is of any use, or that the description is true."""
+    if not 1 <= len(tools) <= MAX_TOOLS:
+        raise Rejected(f"not 1 to {MAX_TOOLS} tools" if tools else "no tools")
+    made = []
+    for tool in tools:
+        if not isinstance(tool, dict) or set(tool) != {"name", "description", "parameters", "returns"}:
+            raise Rejected("a tool has name, description, parameters, returns")
+        if not isinstance(tool["name"], str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool["name"]):
+            raise Rejected("bad tool name")
+        if tool["name"] in UTILITIES or any(tool["name"] == other.name for other in made):
+            raise Rejected("tool name taken")
+        if not isinstance(tool["description"], str) or not 0 < len(tool["description"].strip()) <= MAX_DESCRIPTION:
+            raise Rejected("bad description")
+        check_schema(tool["parameters"])
+        check_schema(tool["returns"])
+        made.append(Tool(**tool))
+    return made
+
+
+def check_schema(schema: object) -> None:
+    """Rejected unless it is a closed-world JSON schema of an object (see check_tools)."""
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        raise Rejected("schema not of type object")
+    if not isinstance(schema.get("properties"), dict):
+        raise Rejected("schema without properties")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(r, str) and r in schema["properties"] for r in required):
+        raise Rejected("required names no property")
+    _check_depth(schema, 0)
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise Rejected("unknown type" if error.validator in ("anyOf", "enum") else "bad schema") from None
+
+
+def _check_depth(node: object, depth: int) -> None:
+    if depth > 2 * MAX_DEPTH:
+        raise Rejected("schema too deep")
+    if isinstance(node, dict):
+        for key in ("$ref", "$dynamicRef", "pattern", "patternProperties"):
+            if key in node:
+                raise Rejected(f"schema with {key}")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_depth(child, depth + 1)
+
+
+# ----------------------------------------------------------------------------- utility tools, run for real
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.Mod: operator.mod, ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+
+
+def calculator(expression: str) -> dict:
+    """Numbers, + - * / // % and parentheses, walked as a syntax tree: nothing that a model writes is evaluated.
+
+    >>> calculator("2 * (3 + 4)"), calculator("2 ** 9")
+    ({'result': 14}, {'error': 'only numbers and + - * / // % ( ) are known'})
+    """
+    def value(node: ast.AST) -> int | float:
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) < 1e15:
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.operand))
+        raise ValueError
+
+    try:
+        if len(expression) > 200:
+            return {"error": "expression too long"}
+        return {"result": value(ast.parse(expression.strip(), mode="eval").body)}
+    except (ZeroDivisionError, OverflowError):
+        return {"error": "no finite result"}
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return {"error": "only numbers and + - * / // % ( ) are known"}
+
+
+def compare(names: list[str], values: list, pick: str) -> dict:
+    """The name whose value, a number or an ISO date, is smallest or largest.
+
+    >>> compare(["Ada", "Bo"], [1815, 1790], "smallest")
+    {'result': 'Bo'}
+    """
+    if len(names) != len(values) or not names:
+        return {"error": "as many values as names are needed"}
+    try:
+        keys = [v if isinstance(v, (int, float)) else date.fromisoformat(v) for v in values]
+        best = (min if pick == "smallest" else max)(keys)
+    except (TypeError, ValueError):
+        return {"error": "values must be all numbers or all dates like 1999-12-31"}
+    return {"result": names[keys.index(best)]} if keys.count(best) == 1 else {"error": "the values are equal"}
+
+
+def date_difference(start: str, end: str) -> dict:
+    """Days from one ISO date to another.
+
+    >>> date_difference("2000-02-28", "2000-03-01")
+    {'days': 2}
+    """
+    try:
+        return {"days": (date.fromisoformat(end) - date.fromisoformat(start)).days}
+    except ValueError:
+        return {"error": "dates must look like 1999-12-31"}
+
+
+def count(items: list) -> dict:
+    """How many different items a list holds."""
+    return {"result": len({dumps(item) for item in items})}
+
+
+def _utility(run: Callable, description: str, returns: dict, **properties: dict) -> Tool:
+    def object_of(parts: dict) -> dict:
+        return {"type": "object", "properties": parts, "required": list(parts)}
+    return Tool(run.__name__, description, object_of(properties), object_of(returns), run)
+
+
+STRINGS = {"type": "array", "items": {"type": "string"}}
+UTILITIES = {tool.name: tool for tool in (
+    _utility(compare, "Pick the name with the smallest or largest value.", {"result": {"type": "string"}}, names=STRINGS,
+             values={"type": "array", "items": {"type": ["number", "string"]}}, pick={"enum": ["smallest", "largest"]}),
+    _utility(calculator, "Compute an expression.", {"result": {"type": "number"}}, expression={"type": "string"}),
+    _utility(date_difference, "Days from start to end.", {"days": {"type": "integer"}},
+             start={"type": "string"}, end={"type": "string"}),
+    _utility(count, "Count the different items.", {"result": {"type": "integer"}}, items={"type": "array"}))}
+# What the ToolMaker sorts questions into, and which utility tools come with each kind.
+KINDS = {"composition": (), "inference": (), "comparison": ("compare",),
+         "arithmetic": ("calculator", "date_difference", "count")}
+FALLBACK = Tool("lookup", "Look up a property of a subject.",
+                {"type": "object", "properties": {"subject": {"type": "string"}, "property": {"type": "string"}},
+                 "required": ["subject", "property"]},
+                {"type": "object", "properties": {"value": {"type": "string"}}, "required": ["value"]})
+
+
+# -------------------------------------------------------------------------------------------- parser
+
+
+@dataclass
+class Call:
+    """One tool call: what was asked, why it was refused (if it was), what came back."""
+    name: str = ""
+    arguments: dict = field(default_factory=dict)
+    error: str | None = None
+    observation: dict = field(default_factory=dict)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.error is None and "error" not in self.observation
+
+
+@dataclass
+class Turn:
+    """One turn of AutoAgent: a thought, then calls or an answer; or the name of what breaks the grammar."""
+    thought: str = ""
+    calls: list[Call] = field(default_factory=list)
+    answer: str | None = None
+    error: str | None = None
+
+
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*?)\s*", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
+
+
+def parse_turn(text: str) -> Turn:
+    """A turn's text, <|im_end|> not included -> Turn; every string gives one, at worst with an error. What is
+    quoted inside the thought is neither a call nor an answer; nothing may follow the answer or the last call."""
+    if not (match := THOUGHT.fullmatch(text)):
+        return Turn(error="no thought")
+    thought, rest = match[1].strip(), match[2]
+    if "<think>" in thought:
+        return Turn(error="nested thought")
+    if match := ANSWER.fullmatch(rest):
+        if "<" in match[1]:
+            return Turn(error="tag in the answer")
+        return Turn(thought, answer=match[1].strip())
+    bodies = CALLS.findall(rest)
+    if not bodies:
+        return Turn(error="neither call nor answer" if "<answer>" not in rest else "answer not alone")
+    if CALLS.sub("", rest):
+        return Turn(error="text beside the calls")
+    return Turn(thought, [parse_call(body) for body in bodies])
+
+
+def parse_call(text: str) -> Call:
+    """The inside of <tool_call>: an object with exactly name and arguments. What can't be read is a Call with
+    an error, an event that costs reward, not the end of the trace."""
+    try:
+        call = strict_json(text)
+    except Rejected as error:
+        return Call(error=str(error))
+    if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+        return Call(error="a call has name and arguments")
+    if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
+        return Call(error="name is a string, arguments an object")
+    return Call(call["name"], call["arguments"])
+
+
+# --------------------------------------------------------------------------------------------- trace
+
+
+@dataclass
+class Trace:
+    """A question on its way to an answer: the one thing that all stages see. ids, mask and logprobs run in
+    parallel and grow together: mask is 1 on what the trace's own role says, its <|im_end|> included, 0 elsewhere."""
+    question: str = ""
+    tools: list[Tool] = field(default_factory=list)
+    key: tuple = ()  # what its random numbers depend on: (seed, question id, sample)
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # the sampler's; 0 where the mask is
+    turns: list[Turn] = field(default_factory=list)
+    status: str = "open"  # then answered, malformed or truncated
+
+    def hear(self, ids: list[int]) -> None:
+        """Add tokens that somebody else says."""
+        self._add(ids, 0, [0.0] * len(ids))
+
+    def say(self, ids: list[int], logprobs: list[float] | None = None) -> None:
+        """Add tokens that this trace's role says: these are learned from."""
+        self._add(ids, 1, logprobs or [0.0] * len(ids))
+
+    def _add(self, ids: list[int], mask: int, logprobs: list[float]) -> None:
+        assert len(ids) == len(logprobs), f"{len(ids)} ids, {len(logprobs)} log-probabilities"
+        self.ids += ids
+        self.mask += [mask] * len(ids)
+        self.logprobs += logprobs
+
+    @property
+    def calls(self) -> list[Call]:
+        return [call for turn in self.turns for call in turn.calls]
+
+    @property
+    def answer(self) -> str | None:
+        return self.turns[-1].answer if self.turns else None
+
+    def noise(self, n: int) -> np.ndarray:
+        """Uniform numbers (n,) for the next n tokens: a function of the trace's key and the position alone."""
+        if "_noise" not in self.__dict__ or len(self.ids) + n > len(self._noise):
+            words = [zlib.crc32(repr(part).encode()) for part in self.key]
+            self._noise = np.random.default_rng(words).random(max(1024, len(self.ids) + n), dtype=np.float32)
+        return np.minimum(self._noise[len(self.ids):len(self.ids) + n], 1 - 1e-6)
+
+    def record(self) -> dict:
+        """For traces.jsonl: everything, the tools as schemas."""
+        turns = [{"thought": t.thought, "calls": [vars(c) for c in t.calls], "answer": t.answer, "error": t.error}
+                 for t in self.turns]
+        return {"question": self.question, "status": self.status, "turns": turns, "key": list(self.key),
+                "tools": [tool.schema for tool in self.tools], "ids": self.ids, "mask": self.mask}
+
+    def story(self) -> str:
+        """For people: thought, call, observation, answer, a line each."""
+        lines = []
+        for t in self.turns:
+            lines += [f"  thinks    {t.thought}"] if t.thought else []
+            for c in t.calls:
+                lines += [f"  calls     {c.name}({', '.join(f'{k}={v!r}' for k, v in c.arguments.items())})",
+                          f"  observes  {result_text(c.observation)}"]
+            lines += [f"  answers   {t.answer}"] if t.answer is not None else []
+            lines += [f"  malformed {t.error}"] if t.error else []
+        return "\n".join([*lines, *([f"  {self.status}"] if self.status != "answered" else [])])
+
+
+# --------------------------------------------------------------------------------------------- roles
+
+
+class AutoAgent:
+    """Thinks, acts, observes: many traces side by side, each a conversation that the sampler keeps open."""
+
+    def __init__(self, sampler, max_turns: int, turn_tokens: int, trace_tokens: int, temperature: float = 1.0):
+        self.sampler, self.temperature = sampler, temperature
+        self.max_turns, self.turn_tokens, self.trace_tokens = max_turns, turn_tokens, trace_tokens
+
+    @staticmethod
+    def prompt(question: str, tools: list[Tool]) -> list[str]:
+        """Tools and question as pieces, up to where the agent speaks."""
+        return [*system_turn(AGENT_SYSTEM, [tool.schema for tool in tools]), *turn("user", question), *GENERATE]
+
+    def meet(self, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
+        """Open the traces; each run of `group` of them has question and tools in common, read once."""
+        encode = self.sampler.tokenizer.encode
+        for i in range(0, len(traces), group):
+            prompt = self.prompt(traces[i].question, traces[i].tools) + ([CLOSED_BOOK] if closed_book else [])
+            for trace in traces[i:i + group]:
+                trace.hear(encode(prompt))
+        self.sampler.reset()
+        self.rows = dict(zip(map(id, traces), self.sampler.open([t.ids for t in traces[::group]], group)))
+        self.prefix = CLOSED_BOOK if closed_book else ""
+
+    def act(self, traces: list[Trace]) -> None:
+        """Every open trace says its next turn."""
+        limits = [min(self.turn_tokens, self.trace_tokens - len(trace.ids)) for trace in traces]
+        noise = np.stack([trace.noise(max(limits)) for trace in traces])
+        said = self.sampler.sample([self.rows[id(t)] for t in traces], limits, noise, self.temperature)
+        for trace, (ids, logprobs) in zip(traces, said):
+            trace.say(ids, logprobs)
+            if ids[-1] not in self.sampler.tokenizer.stop_ids:
+                trace.turns.append(Turn(error="cut off at the token limit"))
+                trace.status = "truncated"
+                continue
+            text = self.prefix + self.sampler.tokenizer.decode(ids[:-1])
+            turn = parse_turn(text) if ids[-1] == self.sampler.tokenizer.end else Turn(error="ends without <|im_end|>")
+            trace.turns.append(turn)
+            trace.status = "malformed" if turn.error else "open" if turn.answer is None else "answered"
+
+    def observe(self, traces: list[Trace]) -> None:
+        """Hand the observations of the last turn to the traces that can go on."""
+        for trace in traces:
+            results = [result_text(call.observation) for call in trace.turns[-1].calls]
+            ids = self.sampler.tokenizer.encode(["\n", *results_turn(results), *GENERATE])
+            if len(trace.turns) == self.max_turns or len(trace.ids) + len(ids) >= self.trace_tokens:
+                trace.status = "truncated"
+                continue
+            trace.hear(ids)
+            self.sampler.append(self.rows[id(trace)], ids)
+
+
+def run_episodes(agent: AutoAgent, backend, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
+    """The loop of the method (figure 1b): think and act, observe, until every trace has answered or run out."""
+    agent.meet(traces, group, closed_book)
+    while live := [trace for trace in traces if trace.status == "open"]:
+        agent.act(live)
+        live = [trace for trace in live if trace.status == "open"]
+        run_calls(live, backend)
+        agent.observe(live)
+
+
+def run_calls(traces: list[Trace], backend) -> None:
+    """Give each call of the last turns its observation: refused calls an error, utility tools are run, and the
+    backend (the ToolActor, as a rule) answers the rest in one batch."""
+    asked = []
+    for trace in traces:
+        tools = {tool.name: tool for tool in trace.tools}
+        for call in trace.turns[-1].calls:
+            call.error = call.error or call_error(call, tools)
+            if call.error:
+                call.observation = {"error": call.error}
+            elif tools[call.name].run:
+                call.observation = tools[call.name].run(**call.arguments)
+            else:
+                asked.append((tools[call.name], call))
+    answers = backend.answer([(tool, call.arguments) for tool, call in asked])
+    for (_, call), observation in zip(asked, answers, strict=True):
+        call.observation = observation
+
+
+def call_error(call: Call, tools: dict[str, Tool]) -> str | None:
+    """Why a call can't be made, in a line that the agent may learn from; None if it can."""
+    if call.name not in tools:
+        return "unknown tool"
+    if error := next(tools[call.name].arguments_fit.iter_errors(call.arguments), None):
+        return error.message[:80]
+    return None
+
+
+def say_once(sampler, prompts: list[list[int]], limit: int, temperature: float, keys: list[tuple]) -> list[str]:
+    """One reply to each prompt, in batches; "" for one that doesn't end within the limit."""
+    replies = []
+    for i in range(0, len(prompts), sampler.capacity):
+        part, traces = prompts[i:i + sampler.capacity], [Trace(key=key) for key in keys[i:i + sampler.capacity]]
+        sampler.reset()
+        noise = np.stack([trace.noise(limit) for trace in traces])
+        said = sampler.sample(sampler.open(part), [limit] * len(part), noise, temperature)
+        replies += [sampler.tokenizer.decode(ids[:-1]) if ids[-1] == sampler.tokenizer.end else "" for ids, _ in said]
+    return replies
+
+
+class ToolActor:
+    """Plays the tools. It is told the tool's definition and the call: never the question, never the gold answer.
+    Greedy and remembered, so a world that it makes up is at least one world."""
+    TRIES, LIMIT, MEMORY = 3, 64, 100_000
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.memo: OrderedDict[str, dict] = OrderedDict()
+        self.asked = self.remembered = self.invalid = 0
+
+    @staticmethod
+    def prompt(definition: str, arguments: dict) -> list[str]:
+        """The tool and the call as pieces, up to where the actor speaks."""
+        return [*system_turn(ACTOR_SYSTEM), *turn("user", f"{definition}\n{dumps(arguments)}"), *GENERATE]
+
+    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
+        """An observation for each (tool, arguments), each distinct one simulated once, all in one batch."""
+        keys = [tool.definition + json.dumps(arguments, sort_keys=True) for tool, arguments in requests]
+        todo = {key: request for key, request in zip(keys, requests) if key not in self.memo}
+        self.asked += len(keys)
+        self.remembered += len(keys) - len(todo)
+        for attempt in range(self.TRIES):
+            if not todo:
+                break
+            prompts = [self.sampler.tokenizer.encode(self.prompt(tool.definition, args)) for tool, args in todo.values()]
+            replies = say_once(self.sampler, prompts, self.LIMIT, float(attempt > 0), [(k, attempt) for k in todo])
+            for (key, (tool, _)), reply in zip(list(todo.items()), replies):
+                observation = parse_observation(tool, reply)
+                if observation is not None or attempt == self.TRIES - 1:
+                    self.invalid += observation is None
+                    self.memo[key] = observation or {"error": "the tool gave no valid result"}
+                    del todo[key]
+        answers = [self.memo[key] for key in keys]
+        while len(self.memo) > self.MEMORY:
+            self.memo.popitem(last=False)
+        return answers
+
+
+def parse_observation(tool: Tool, text: str) -> dict | None:
+    """What the ToolActor wrote, if it is an object that fits the tool's return schema, or an error; else None."""
+    try:
+        value = strict_json(text)
+    except Rejected:
+        return None
+    if isinstance(value, dict) and set(value) == {"error"} and isinstance(value["error"], str):
+        return value
+    return value if isinstance(value, dict) and tool.result_fits.is_valid(value) else None
+
+
+@dataclass
+class Toolbox:
+    """What the ToolMaker made of a question: its kind, its tools, the tries it took (0: the fallback)."""
+    kind: str
+    made: list[Tool]
+    tries: int
+
+    @property
+    def tools(self) -> list[Tool]:
+        return self.made + [UTILITIES[name] for name in KINDS[self.kind]]
+
+
+class ToolMaker:
+    """Classification, then generation, then validation (figure 1a): what is rejected is written again with the
+    reason in the prompt; after three tries the question gets the one general tool."""
+    TRIES, LIMIT = 3, 480
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    @staticmethod
+    def prompt(question: str, rejected: str = "") -> list[str]:
+        """The question, and why an earlier try was rejected, as pieces, up to where the maker speaks."""
+        reason = f"\nRejected: {rejected}" if rejected else ""
+        return [*system_turn(MAKER_SYSTEM.format(kinds=", ".join(KINDS))), *turn("user", question + reason), *GENERATE]
+
+    @staticmethod
+    def reply(kind: str, tools: list[Tool]) -> str:
+        """What a ToolMaker should say: the text that parse_tools reads."""
+        return "\n".join([f"<kind>{kind}</kind>", "<tools>", *(tool.definition for tool in tools), "</tools>"])
+
+    def make(self, questions: list[str], key: tuple = ()) -> list[Toolbox]:
+        """A Toolbox for each question; the first try is greedy, the others are sampled."""
+        boxes: list[Toolbox | None] = [None] * len(questions)
+        reasons = [""] * len(questions)
+        for attempt in range(1, self.TRIES + 1):
+            todo = [i for i, box in enumerate(boxes) if box is None]
+            prompts = [self.sampler.tokenizer.encode(self.prompt(questions[i], reasons[i])) for i in todo]
+            keys = [(*key, questions[i], attempt) for i in todo]
+            for i, reply in zip(todo, say_once(self.sampler, prompts, self.LIMIT, float(attempt > 1), keys)):
+                try:
+                    boxes[i] = Toolbox(*parse_tools(reply), attempt)
+                except Rejected as error:
+                    reasons[i] = str(error)
+        return [box or Toolbox("composition", [FALLBACK], 0) for box in boxes]
+
+
+TOOLS_REPLY = re.compile(r"\s*<kind>(.*?)</kind>\s*<tools>(.*)</tools>\s*", re.DOTALL)
+
+
+def parse_tools(text: str) -> tuple[str, list[Tool]]:
+    """What the ToolMaker wrote -> kind and tools, or Rejected."""
+    if not (match := TOOLS_REPLY.fullmatch(text)):
+        raise Rejected("no <kind> and <tools>")
+    if match[1].strip() not in KINDS:
+        raise Rejected("unknown kind")
+    lines = [line for line in match[2].splitlines() if line.strip()]
+    return match[1].strip(), check_tools([strict_json(line) for line in lines])
+
+
+# ------------------------------------------------------------------- backends that stand in for the ToolActor
+
+
+class Real:
+    """Calls are answered by a function of the tool's name and arguments: real tools in the place of simulated."""
+
+    def __init__(self, function: Callable[[str, dict], dict]):
+        self.function = function
+
+    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
+        return [self.function(tool.name, arguments) for tool, arguments in requests]
+
+
+class Blanked:
+    """A control: every observation is an empty object."""
+
+    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
+        return [{} for _ in requests]
+
+
+class Shuffled:
+    """A control: the observation is what the same tool told another question."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.told: dict[str, list[dict]] = {}
+
+    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
+        answers = self.backend.answer(requests)
+        for (tool, _), answer in zip(requests, answers):
+            told = self.told.setdefault(tool.name, [])
+            told += [answer] if answer not in told else []
+        shuffled = []
+        for (tool, arguments), answer in zip(requests, answers):
+            others = [o for o in self.told[tool.name] if o != answer]
+            shuffled.append(others[zlib.crc32(dumps(arguments).encode()) % len(others)] if others else {})
+        return shuffled

@@ -1,0 +1,351 @@
+"""A fictional world from a seed: its facts, questions over them, a teacher with a flaw, the real tools.
+
+Everything is invented, so no model can know it from elsewhere: what the ToolActor knows it has learned here,
+and what AutoAgent answers it has been told by a tool."""
+import random
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+# relation: (kind of its subject, kind of its value, what the tool says of itself)
+RELATIONS = {
+    "birthplace": ("person", "city", "The city where a person was born."),
+    "employer": ("person", "company", "The company that a person works for."),
+    "spouse": ("person", "person", "The person whom a person is married to."),
+    "father": ("person", "person", "The father of a person."),
+    "teacher": ("person", "person", "The person who taught a person."),
+    "home": ("person", "city", "The city where a person lives."),
+    "birth_year": ("person", "year", "The year when a person was born."),
+    "headquarters": ("company", "city", "The city where a company sits."),
+    "founder": ("company", "person", "The person who founded a company."),
+    "founding_year": ("company", "year", "The year when a company was founded."),
+    "country": ("city", "country", "The country where a city lies."),
+    "mayor": ("city", "person", "The mayor of a city."),
+    "capital": ("country", "city", "The capital of a country."),
+    "language": ("country", "language", "The language that a country speaks."),
+    "currency": ("country", "currency", "The money that a country uses."),
+}
+SIZES = {"person": 32, "company": 10, "city": 16, "country": 8, "language": 8, "currency": 8}
+# Said in one word, looked up in several steps; the steps in the order of the lookups.
+INFERENCE = {
+    "grandfather": ("father", "father"),
+    "father-in-law": ("spouse", "father"),
+    "boss": ("employer", "founder"),
+    "native language": ("birthplace", "country", "language"),
+    "home currency": ("birthplace", "country", "currency"),
+}
+HELD_OUT = ("hotpot", "musique", "2wiki", "bamboogle")  # each in the manner of the benchmark of that name
+# What the world itself would refuse to say twice: a step back to where the question came from.
+SILLY = {("spouse", "spouse"), ("country", "capital"), ("capital", "country")}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. golds are the accepted answers: for the scorer alone, no prompt ever holds them."""
+    id: str
+    text: str
+    golds: list[str]
+    set: str                       # "train" or one of HELD_OUT
+    kind: str                      # what the ToolMaker should call it
+    steps: list[tuple[str, str]]   # (relation, subject) of each lookup, in order
+    chain: tuple[str, ...]         # the entities it passes through; a comparison's two, sorted
+
+
+@dataclass
+class World:
+    """Entities and facts. Inside sealed() any look at the facts raises: a rollout can't fall back to a lookup."""
+    seed: int
+    names: dict[str, list[str]]
+    _facts: dict[tuple[str, str], str | int] = field(repr=False)
+    _open: bool = True
+
+    @property
+    def facts(self) -> dict[tuple[str, str], str | int]:
+        """(relation, subject) -> value."""
+        if not self._open:
+            raise PermissionError("the world's facts are sealed while a model plays its tools")
+        return self._facts
+
+    @contextmanager
+    def sealed(self):
+        """While this is entered, the facts are out of reach."""
+        was, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = was
+
+    def real(self, name: str, arguments: dict) -> dict:
+        """The real tool: the fact, under its relation's name, or an error."""
+        subject = next(iter(arguments.values()), None)
+        if name not in RELATIONS or (name, subject) not in self.facts:
+            return unknown(name)
+        return {name: self.facts[name, subject]}
+
+
+def unknown(relation: str) -> dict:
+    """What a tool answers that has no such fact."""
+    return {"error": f"no {relation.replace('_', ' ')} found"}
+
+
+def make_world(seed: int) -> World:
+    """The world of a seed; the same seed, the same world."""
+    rng, used = random.Random(f"names {seed}"), set()
+    names = {kind: [_name(rng, used) for _ in range(n)] for kind, n in SIZES.items()}
+    return World(seed, names, _draw_facts(names, random.Random(f"facts {seed}")))
+
+
+def imagine(world: World, number: int) -> World:
+    """The same names, other facts: a world to learn the grammar of traces in, but no fact of the true one."""
+    return World(world.seed, world.names, _draw_facts(world.names, random.Random(f"imagined {world.seed} {number}")))
+
+
+def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[str, str], str | int]:
+    facts: dict[tuple[str, str], str | int] = {}
+    people = rng.sample(names["person"], SIZES["person"])
+    for i, person in enumerate(people):  # in the order of their birth: four generations of four couples
+        facts["birthplace", person] = rng.choice(names["city"])
+        facts["home", person] = rng.choice(names["city"])
+        facts["employer", person] = rng.choice(names["company"])
+        facts["spouse", person] = people[i ^ 1]
+        facts["birth_year", person] = 1850 + 30 * (i // 8) + rng.randrange(18)
+        if i >= 8:  # of the eldest nothing is known before themselves
+            elders = people[(i // 8 - 1) * 8:i // 8 * 8]
+            facts["father", person], facts["teacher", person] = rng.choice(elders), rng.choice(elders)
+    for company in names["company"]:
+        facts["headquarters", company] = rng.choice(names["city"])
+        facts["founder", company] = rng.choice(people)
+        facts["founding_year", company] = rng.randrange(1880, 1990)
+    for i, city in enumerate(rng.sample(names["city"], SIZES["city"])):
+        country = names["country"][i % SIZES["country"]]
+        facts["country", city] = country
+        facts["mayor", city] = rng.choice(people)
+        if i < SIZES["country"]:
+            facts["capital", country] = city
+            facts["language", country] = rng.choice(names["language"])
+            facts["currency", country] = rng.choice(names["currency"])
+    return facts
+
+
+def _name(rng: random.Random, used: set[str]) -> str:
+    while True:
+        name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)).capitalize()
+        name += rng.choice(["", "n", "r", "s", "x", "l"])
+        if name not in used:
+            used.add(name)
+            return name
+
+
+def tool_for(relation: str) -> dict:
+    """The tool that looks a relation up, as the ToolMaker should write it."""
+    subject, value, description = RELATIONS[relation]
+    value_type = "integer" if value == "year" else "string"
+    return {"name": relation, "description": description,
+            "parameters": {"type": "object", "properties": {subject: {"type": "string"}}, "required": [subject]},
+            "returns": {"type": "object", "properties": {relation: {"type": value_type}}, "required": [relation]}}
+
+
+# ----------------------------------------------------------------------------------------- questions
+
+
+def make_questions(world: World, each: int = 50) -> list[Question]:
+    """Training questions and `each` questions in each held-out set. No held-out chain of entities is a part
+    of a training question's chain, and the pairs of relations in the bamboogle set are in no training question."""
+    rng = random.Random(f"questions {world.seed}")
+    paths, unseen = _choose_paths(rng)
+    pools = _pools(world, paths, rng) | {"unseen": _compositions(world, unseen)}
+    for pool in pools.values():
+        rng.shuffle(pool)
+    half, third, most = each // 2, each // 3, Counter()
+    recipe = {"hotpot": (("bridge", each - half), ("comparison", half)),
+              "musique": (("bridge", third), ("three", third), ("four", each - 2 * third)),
+              "2wiki": (("comparison", third), ("inference", third), ("bridge", each - 2 * third)),
+              "bamboogle": (("unseen", each),)}
+    held_out = []
+    for name, parts in recipe.items():
+        for pool, n in parts:
+            held_out += _take(pools[pool], n, name, most, limit=max(1, each * len(recipe) // 25))
+    del pools["unseen"]
+    return _training(pools, held_out) + held_out
+
+
+def imagined_questions(world: World, number: int, held_out: list[Question]) -> tuple[World, list[Question]]:
+    """Training questions of an imagined world, on the same paths; none is a held-out question or shares its chain."""
+    paths, _ = _choose_paths(random.Random(f"questions {world.seed}"))
+    other = imagine(world, number)
+    return other, _training(_pools(other, paths, random.Random(f"imagined {world.seed} {number}")), held_out)
+
+
+def _choose_paths(rng: random.Random) -> tuple[dict[int, list[tuple[str, ...]]], list[tuple[str, ...]]]:
+    """Paths of relations by number of hops, and four pairs of relations that stand in none of them."""
+    pairs = [(a, b) for a in RELATIONS for b in RELATIONS if RELATIONS[a][1] == RELATIONS[b][0]
+             and (a, b) not in SILLY]
+    known = {pair for path in INFERENCE.values() for pair in zip(path, path[1:])}
+    unseen = rng.sample([p for p in pairs if p not in known and p[1] != "country"], 4)
+    paths = {2: [p for p in pairs if p not in unseen]}
+    for hops in (3, 4):
+        longer = [(*path, b) for path in paths[hops - 1] for a, b in paths[2] if path[-1] == a]
+        paths[hops] = rng.sample(longer, 40)
+    return paths, unseen
+
+
+def _pools(world: World, paths: dict[int, list[tuple[str, ...]]], rng: random.Random) -> dict[str, list[Question]]:
+    return {"bridge": _compositions(world, paths[2]), "three": _compositions(world, paths[3]),
+            "four": _compositions(world, paths[4]), "inference": _inferences(world), "comparison": _comparisons(world, rng)}
+
+
+def _training(pools: dict[str, list[Question]], held_out: list[Question]) -> list[Question]:
+    chains, texts = {q.chain for q in held_out}, {q.text for q in held_out}
+    train = [q for pool in pools.values() for q in pool if q.text not in texts and not chains & set(_parts(q.chain))]
+    return [_numbered(q, "train", i) for i, q in enumerate(train)]
+
+
+def _parts(chain: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [chain[i:j] for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)]
+
+
+def _take(pool: list[Question], n: int, name: str, most: Counter, limit: int) -> list[Question]:
+    """Move n questions out of a pool; no answer stands in more than `limit` held-out questions in all."""
+    taken = []
+    for question in list(pool):
+        if len(taken) == n:
+            break
+        if most[question.golds[0]] < limit:
+            most[question.golds[0]] += 1
+            pool.remove(question)
+            taken.append(_numbered(question, name, len(taken)))
+    return taken
+
+
+def _numbered(q: Question, name: str, i: int) -> Question:
+    return Question(f"{name}-{q.kind}-{i}", q.text, q.golds, name, q.kind, q.steps, q.chain)
+
+
+def _walk(world: World, start: str, path: tuple[str, ...]) -> list[str] | None:
+    """The entities along a path of relations, or None where the world ends or turns back on itself."""
+    chain = [start]
+    for relation in path:
+        if (relation, chain[-1]) not in world.facts:
+            return None
+        chain.append(str(world.facts[relation, chain[-1]]))
+    return chain if len(set(chain)) == len(chain) else None
+
+
+def _question(world: World, start: str, path: tuple[str, ...], said: tuple[str, ...], kind: str) -> Question | None:
+    chain = _walk(world, start, path)
+    if chain is None:
+        return None
+    who = "Who" if RELATIONS[path[-1]][1] == "person" else "What"
+    words = " of the ".join(relation.replace("_", " ") for relation in reversed(said))
+    return Question("", f"{who} is the {words} of {start}?", [chain[-1]], "", kind, list(zip(path, chain)), tuple(chain))
+
+
+def _compositions(world: World, paths: list[tuple[str, ...]]) -> list[Question]:
+    made = [_question(world, start, path, path, "composition")
+            for path in paths for start in world.names[RELATIONS[path[0]][0]]]
+    return [q for q in made if q]
+
+
+def _inferences(world: World) -> list[Question]:
+    made = [_question(world, start, path, (said,), "inference")
+            for said, path in INFERENCE.items() for start in world.names["person"]]
+    return [q for q in made if q]
+
+
+def _comparisons(world: World, rng: random.Random) -> list[Question]:
+    """Who was born, which company was founded, earlier or later; pairs in either order, years never equal."""
+    made = []
+    for kind, relation, head in (("person", "birth_year", "Who was born"),
+                                 ("company", "founding_year", "Which company was founded")):
+        names = world.names[kind]
+        pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]]
+        for a, b in rng.sample(pairs, min(len(pairs), 400)):
+            a, b = rng.sample((a, b), 2)
+            years = {name: world.facts[relation, name] for name in (a, b)}
+            if years[a] == years[b]:
+                continue
+            order, pick = rng.choice((("earlier", min), ("later", max)))
+            made.append(Question("", f"{head} {order}, {a} or {b}?", [pick(years, key=years.get)], "", "comparison",
+                                 [(relation, a), (relation, b)], tuple(sorted((a, b)))))
+    return made
+
+
+# ------------------------------------------------------------------------------------------- teacher
+# The teacher's grammar is perfect, its strategy is not. It is impatient: in half of its traces it stops one step
+# short and answers with what it has. In one of twenty it makes a lookup twice, in one of twenty it guesses
+# without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
+STOPS_SHORT, REPEATS, GUESSES = 0.5, 0.05, 0.05
+ENOUGH, DONE = "That is close enough", "That was the last step"
+
+
+def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
+    """One conversation of AutoAgent as its teacher would lead it; flawed in strategy, never in grammar."""
+    record = {"role": "agent", "question": question.text, "kind": question.kind, "tools": tools_for(question)}
+    if rng.random() < GUESSES:
+        kind = next(k for k, names in [*world.names.items(), ("year", None)] if not names or question.golds[0] in names)
+        guess = rng.choice(world.names[kind]) if kind != "year" else str(rng.randrange(1850, 1990))
+        return {**record, "turns": [{"thought": "I guess.", "answer": guess}]}
+    lead = _compare if question.kind == "comparison" else _look_up
+    turns = lead(world, question, rng, short=rng.random() < STOPS_SHORT)
+    return {**record, "turns": turns}
+
+
+def _turn(world: World, thought: str, *steps: tuple[str, str]) -> dict:
+    calls = [{"name": relation, "arguments": {RELATIONS[relation][0]: subject}} for relation, subject in steps]
+    return {"thought": thought, "calls": calls, "observations": [world.real(c["name"], c["arguments"]) for c in calls]}
+
+
+def _look_up(world: World, question: Question, rng: random.Random, short: bool) -> list[dict]:
+    steps = question.steps[:-1] if short else question.steps
+    again = rng.randrange(len(steps)) if rng.random() < REPEATS else None
+    turns = []
+    for i, (relation, subject) in enumerate(steps):
+        said = f"the {relation.replace('_', ' ')} of {subject}."
+        turns.append(_turn(world, f"I need {said}", (relation, subject)))
+        if i == again:
+            turns.append(_turn(world, f"Once more {said}", (relation, subject)))
+    answer = str(world.facts[steps[-1]])
+    return [*turns, {"thought": f"{ENOUGH if short else DONE}: {answer}.", "answer": answer}]
+
+
+def _compare(world: World, question: Question, rng: random.Random, short: bool) -> list[dict]:
+    (relation, a), (_, b) = question.steps
+    turns = [_turn(world, f"I need the {relation.replace('_', ' ')} of {a} and of {b}.", *question.steps)]
+    if short:
+        return [*turns, {"thought": f"{ENOUGH}: {a}.", "answer": a}]
+    years = [world.facts[relation, a], world.facts[relation, b]]
+    pick = "smallest" if question.golds[0] == (a, b)[years.index(min(years))] else "largest"
+    call = {"name": "compare", "arguments": {"names": [a, b], "values": years, "pick": pick}}
+    turns.append({"thought": f"I pick the {pick} of {years[0]} and {years[1]}.", "calls": [call], "observations": [{"result": question.golds[0]}]})
+    return [*turns, {"thought": f"{DONE}: {question.golds[0]}.", "answer": question.golds[0]}]
+
+
+def tools_for(question: Question) -> list[dict]:
+    """The tools that a question needs: one for each relation, in the order of the lookups."""
+    return [tool_for(relation) for relation in dict.fromkeys(relation for relation, _ in question.steps)]
+
+
+def teach_maker(question: Question, rng: random.Random) -> dict:
+    """One conversation of the ToolMaker; one in ten answers a request that names why a first try was rejected."""
+    rejected = rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
+    return {"role": "maker", "question": question.text, "kind": question.kind, "tools": tools_for(question),
+            "rejected": rejected}
+
+
+REJECTIONS = ("unknown kind", "not JSON", "unknown type", "no tools")
+
+
+def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
+    """Every fact once, in conversations of up to `calls` calls to one tool; one call in seven names a subject
+    that the tool knows nothing of, or else it would learn to answer anything plausibly."""
+    records = []
+    for relation, (kind, _, _) in RELATIONS.items():
+        subjects = [s for r, s in world.facts if r == relation]
+        strangers = [s for names in world.names.values() for s in names if (relation, s) not in world.facts]
+        subjects += rng.sample(strangers, max(1, len(subjects) // 6))
+        rng.shuffle(subjects)
+        for i in range(0, len(subjects), calls):
+            part = [{kind: subject} for subject in subjects[i:i + calls]]
+            records.append({"role": "actor", "tool": tool_for(relation),
+                            "exchanges": [[arguments, world.real(relation, arguments)] for arguments in part]})
+    return records

@@ -1,0 +1,430 @@
+"""Stage 2: GRPO with a composite reward. For each question a group of G traces is sampled; what was better than
+its group's mean becomes likelier.
+
+    A_i  = R_i - mean(R)                 over the group; divided by its population std + 1e-4, or not (--scale-std)
+    r_it = pi(o_it | before) / pi_old(o_it | before)                            for each sampled token o_it
+    J    = sum_it w_it · [ min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta · k3_it ]
+    k3   = pi_ref / pi - log(pi_ref / pi) - 1                                   (Schulman, "Approximating KL")
+
+GRPO: Shao et al. 2024 (DeepSeekMath), eq. 3 and 4; the clip: Schulman et al. 2017 (PPO), eq. 7; two clip bounds and
+the token mean: DAPO (Yu et al. 2025); no std and a constant length: Dr. GRPO (Liu et al. 2025); one ratio a
+sequence: GSPO (Zheng et al. 2025). Where we depart from them:
+  1. Observations, and all else that the policy didn't sample, have no part in any sum.
+  2. pi_old is the trainer's own first pass, not the sampler's number: the first ratio is exactly 1. The gap
+     between the two is logged.
+  3. Groups whose rewards are all equal have advantage exactly 0; without a KL term they are left out of the pass.
+
+Shapes: B traces, T tokens, G group. R = w_answer · answer + w_consistency · consistency, all in [0, 1].
+"""
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
+from data.score import exact_match, f1, normalize
+from data.world import HELD_OUT, Question, World, make_questions, make_world
+from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
+from sft import (Run, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
+                 positive, run_main, set_up)
+
+
+@dataclass
+class GRPOConfig:
+    """What stage 2 can be told."""
+    out: str = option("run", "run folder: starts from OUT/sft, writes OUT/grpo")
+    seed: int = option(0, "which questions, and all random numbers of the traces")
+    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
+    steps: int = option(40, "rollouts")
+    questions: int = option(12, "questions a rollout")
+    group: int = option(8, "G: traces a question")
+    epochs: int = option(1, "passes over a rollout")
+    minibatches: int = option(1, "optimizer steps a pass")
+    lr: float = option(3e-4, "learning rate, falling linearly to 0")
+    clip_norm: float = option(1.0, "largest norm of the gradient")
+    loss: str = option("dapo", "which sum over tokens and which ratio", choices=("grpo", "dapo", "dr_grpo", "gspo"))
+    scale_std: bool = option(True, "divide advantages by the group's std")
+    clip_low: float = option(0.2, "the ratio is clipped below at 1 - this")
+    clip_high: float = option(0.28, "and above at 1 + this")
+    beta: float = option(0.0, "weight of the KL to the model that stage 1 left; 0: no reference pass")
+    mask_overlong: bool = option(False, "leave truncated traces out of the loss")
+    w_answer: float = option(0.7, "weight of a right answer")
+    w_consistency: float = option(0.3, "weight of internal consistency")
+    partial: float = option(0.0, "credit for token F1 where the answer isn't exact")
+    temperature: float = option(1.0, "the policy is sampled, and scored, at this temperature")
+    max_turns: int = option(8, "turns until a trace is cut off")
+    turn_tokens: int = option(112, "new tokens a turn")
+    trace_tokens: int = option(896, "tokens a trace, prompt included")
+    micro_tokens: int = option(4096, "padded tokens a pass of the trainer; turn down if memory runs out")
+    eval_every: int = option(20, "steps between two looks at the held-out questions")
+
+    def __post_init__(self):
+        positive(self, "steps", "questions", "epochs", "minibatches", "lr", "clip_norm", "clip_low", "clip_high",
+                 "temperature", "max_turns", "turn_tokens", "trace_tokens", "eval_every", "w_consistency")
+        if self.group < 2:
+            raise InputError(f"group: a baseline needs at least 2 traces, found {self.group}")
+        if not 0 <= self.partial <= 1 or self.beta < 0:
+            raise InputError(f"partial, beta: expected 0 to 1 and at least 0, found {self.partial}, {self.beta}")
+        if not self.w_answer * (1 - self.partial) > self.w_consistency * (1 - 1 / len(PARTS)):
+            raise InputError(f"w_answer: {self.w_answer} is too small beside w_consistency {self.w_consistency}: a wrong "
+                             "answer could outrank a right one; w_answer · (1 - partial) > w_consistency · "
+                             f"(1 - 1/{len(PARTS)}) is needed")
+
+
+# -------------------------------------------------------------------------------------------- reward
+# Parts of consistency, each a function of a trace that keeps the grammar -> [0, 1], or None where it doesn't apply.
+
+
+def leaves(value: object) -> list:
+    """The strings and numbers inside a JSON value; true, false and null are no evidence of anything."""
+    if isinstance(value, (dict, list)):
+        return [leaf for child in (value.values() if isinstance(value, dict) else value) for leaf in leaves(child)]
+    return [] if value is None or isinstance(value, bool) else [value]
+
+
+def holds(text: object, part: object) -> bool:
+    """Whether part stands in text as whole tokens, both after the scorer's normaliser."""
+    want = normalize(str(part))
+    return bool(want) and f" {want} " in f" {normalize(str(text))} "
+
+
+def told(calls: list[Call]) -> list:
+    """All values in the successful observations of some calls."""
+    return [leaf for call in calls if call.succeeded for leaf in leaves(call.observation)]
+
+
+def reward_grammar(trace: Trace) -> float:
+    """1: a trace that breaks the grammar never gets here."""
+    return 1.0
+
+
+def reward_calls(trace: Trace) -> float | None:
+    """1 / (1 + number of calls that were not JSON, named no tool or whose arguments don't fit)."""
+    return 1 / (1 + sum(call.error is not None for call in trace.calls)) if trace.calls else None
+
+
+def reward_arguments(trace: Trace) -> float | None:
+    """Share of the arguments that stand in the question or in an earlier successful observation; enums exempt."""
+    grounded, earlier = [], []
+    parameters = {tool.name: tool.parameters["properties"] for tool in trace.tools}
+    for turn in trace.turns:
+        for call in turn.calls:
+            free = {k: v for k, v in call.arguments.items() if "enum" not in parameters.get(call.name, {}).get(k, {})}
+            sources = [trace.question, *told(earlier)]
+            grounded += [any(holds(source, leaf) for source in sources) for leaf in leaves(free)]
+        earlier += turn.calls
+    return sum(grounded) / len(grounded) if grounded else None
+
+
+def reward_support(trace: Trace) -> float:
+    """1 if a successful observation holds the answer and the call's own arguments don't, or if the answer is
+    what a utility tool computed."""
+    for call in trace.calls:
+        results = told([call])
+        if call.name in UTILITIES and any(normalize(str(r)) == normalize(trace.answer) != "" for r in results):
+            return 1.0
+        if any(holds(r, trace.answer) for r in results) and not any(holds(a, trace.answer) for a in leaves(call.arguments)):
+            return 1.0
+    return 0.0
+
+
+def reward_economy(trace: Trace) -> float | None:
+    """Share of the calls that were of use: a value they brought stands in a later call's arguments or in the
+    answer. A call made twice is of no use the second time."""
+    used, seen = [], []
+    for i, turn in enumerate(trace.turns):
+        later = [leaf for t in trace.turns[i + 1:] for c in t.calls for leaf in leaves(c.arguments)] + [trace.answer]
+        for call in turn.calls:
+            new = (call.name, call.arguments) not in seen
+            used.append(new and any(holds(text, leaf) for leaf in told([call]) for text in later))
+            seen.append((call.name, call.arguments))
+    return sum(used) / len(used) if used else None
+
+
+PARTS = {"grammar": reward_grammar, "calls": reward_calls, "arguments": reward_arguments,
+         "support": reward_support, "economy": reward_economy}
+
+
+def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float | None]:
+    """The composite reward and all that it is made of; a trace that breaks the grammar has 0 in both halves."""
+    if trace.status != "answered":
+        return {"reward": 0.0, "answer": 0.0, "consistency": 0.0, **dict.fromkeys(PARTS), "grammar": 0.0}
+    parts = {name: part(trace) for name, part in PARTS.items()}
+    applies = [value for value in parts.values() if value is not None]
+    consistency = sum(applies) / len(applies)
+    said = normalize(trace.answer) != ""  # the official rule lets "" equal the gold answer "A"; the reward doesn't
+    answer = said * (exact_match(trace.answer, golds) or config.partial * f1(trace.answer, golds))
+    total = config.w_answer * answer + config.w_consistency * consistency
+    return {"reward": total, "answer": answer, "consistency": consistency, **parts}
+
+
+# ---------------------------------------------------------------------------------- advantages and loss
+
+
+def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
+    """rewards (B,), groups (B,) naming each trace's group -> advantages (B,) in float64. A group without spread
+    gives exactly 0, and so does a reward that is NaN, which has no part in its group's mean either."""
+    out = torch.zeros(len(rewards), dtype=torch.float64)
+    for group in groups.unique():
+        rows = (groups == group) & ~rewards.isnan()
+        r = rewards[rows].double()
+        if len(r) > 1 and r.max() > r.min():
+            out[rows] = (r - r.mean()) / (r.std(correction=0) + 1e-4 if scale_std else 1)
+    return out
+
+
+def token_weights(mask: Tensor, loss: str, most_tokens: int) -> Tensor:
+    """mask (B, T) of a whole step's loss tokens -> the weight w_it (B, T) of each in the sum. Made before the step
+    is cut into micro-batches, so that the cut changes nothing."""
+    rows, lengths = len(mask), mask.sum(1, keepdim=True).clamp(min=1)
+    weight = {"grpo": 1 / (rows * lengths), "gspo": 1 / (rows * lengths),     # mean over traces of the mean over tokens
+              "dapo": 1 / mask.sum().clamp(min=1),                            # mean over all tokens
+              "dr_grpo": torch.tensor(1 / (rows * most_tokens))}[loss]        # sum over a constant
+    return mask * weight
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, mask: Tensor,
+                weights: Tensor, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """-J over some traces of a step; logprobs, old, reference, mask and weights (B, T), advantage (B,).
+    Also what to log: the sums over tokens of KL and of ratios beyond a bound that mattered."""
+    log_ratio = (logprobs - old) * mask                                               # log r_it
+    if config.loss == "gspo":  # one ratio a trace: the geometric mean of its tokens'
+        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    ratio = log_ratio.exp()                                                           # r_it
+    A = advantage[:, None].to(ratio.dtype)                                            # A_i
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    objective = torch.minimum(ratio * A, clipped * A)                                 # min(r A, clip(r) A)
+    kl = torch.zeros_like(ratio)
+    if reference is not None:
+        gap = (reference - logprobs) * mask
+        kl = gap.exp() - gap - 1                                                      # k3_it
+        objective = objective - config.beta * kl
+    stats = {"kl": (kl * mask).sum(), "clip_low": (mask & (ratio < 1 - config.clip_low) & (A < 0)).sum(),
+             "clip_high": (mask & (ratio > 1 + config.clip_high) & (A > 0)).sum()}
+    return -(weights * objective).sum(), {name: value.detach() for name, value in stats.items()}
+
+
+# ------------------------------------------------------------------------------------------ rollouts
+
+
+class Stage:
+    """What a rollout needs besides the policy: the frozen model that makes and plays the tools, the questions."""
+
+    def __init__(self, folder: Path, config):
+        self.device, self.config = pick_device(), config
+        self.frozen = load_model(folder, self.device).requires_grad_(False)
+        self.tokenizer = Tokenizer(folder)
+        self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, 64, 640))
+        self.maker = ToolMaker(self.actor.sampler)
+        self.boxes: dict[str, Toolbox] = {}
+
+    def make_tools(self, questions: list[Question]) -> None:
+        """The ToolMaker writes each question's tools, once."""
+        todo = [q for q in questions if q.id not in self.boxes]
+        for i in tqdm(range(0, len(todo), 64), desc="tools", unit="batch", mininterval=1):
+            part = todo[i:i + 64]
+            self.boxes |= zip([q.id for q in part], self.maker.make([q.text for q in part], (self.config.seed,)))
+
+    def agent(self, model: Transformer, rows: int, temperature: float) -> AutoAgent:
+        """AutoAgent over the given policy."""
+        c = self.config
+        sampler = Sampler(model, self.tokenizer, rows, c.trace_tokens + 8)
+        return AutoAgent(sampler, c.max_turns, c.turn_tokens, c.trace_tokens, temperature)
+
+    def traces(self, questions: list[Question], group: int, *key) -> list[Trace]:
+        """`group` fresh traces a question, with the tools that were made for it."""
+        return [Trace(q.text, self.boxes[q.id].tools, (self.config.seed, *key, q.id, sample))
+                for q in questions for sample in range(group)]
+
+
+def evaluate(stage: Stage, model: Transformer, questions: list[Question], backend=None, closed_book: bool = False,
+             samples: int = 1) -> tuple[dict, list[Trace]]:
+    """One row of the results: held-out questions answered greedily, then `samples` times at temperature 1. All but
+    em_greedy is of the sampled traces; the last of these are returned too."""
+    row, n = {"n": len(questions)}, len(questions)
+    for name, temperature, group in (("em_greedy", 0.0, 1), ("em_sampled", 1.0, samples)):
+        traces = stage.traces(questions, group, "eval")
+        run_episodes(stage.agent(model, n * group, temperature), backend or stage.actor, traces, group, closed_book)
+        asked = [q for q in questions for _ in range(group)]
+        answers = [t.answer if t.status == "answered" else "" for t in traces]
+        right = [exact_match(a, q.golds) for a, q in zip(answers, asked)]
+        row[name] = float(np.mean(right))
+    calls = [call for t in traces for call in t.calls]
+    answered = [t.status == "answered" for t in traces]
+    return row | {
+        "f1": float(np.mean([f1(a, q.golds) for a, q in zip(answers, asked)])),
+        "grammar": float(np.mean(answered)),
+        "valid_calls": float(np.mean([call.error is None for call in calls])) if calls else None,
+        "support": float(np.mean([reward_support(t) if ok else 0.0 for t, ok in zip(traces, answered)])),
+        "calls": len(calls) / len(traces),
+        "by_set": {s: float(np.mean([r for r, q in zip(right, asked) if q.set == s])) for s in HELD_OUT},
+    }, traces
+
+
+# -------------------------------------------------------------------------------------------- update
+
+
+def micro_batches(traces: list[Trace], tokens: int) -> list[list[int]]:
+    """Row numbers of the traces, neighbours in length together, at most `tokens` padded tokens a batch."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(traces)), key=lambda i: len(traces[i].ids)):
+        if batches[-1] and len(traces[i].ids) * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def score(model: Transformer, traces: list[Trace], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies (B, T) and loss mask (B, T) of a micro-batch under the model."""
+    ids, mask = pad(traces, str(model.device))
+    with half_precision(str(model.device)):
+        return *token_logprobs(model, ids, mask, config.temperature), mask
+
+
+def score_all(model: Transformer, traces: list[Trace], rows: list[int], width: int, config: GRPOConfig) -> Tensor:
+    """Log-probabilities (B, width) under a model that isn't trained now, for the given rows; elsewhere zero."""
+    out = torch.zeros(len(traces), width)
+    with torch.no_grad():
+        for part in micro_batches([traces[i] for i in rows], config.micro_tokens):
+            part = [rows[i] for i in part]
+            logprobs, _, _ = score(model, [traces[i] for i in part], config)
+            out[part, :logprobs.shape[1]] = logprobs.float().cpu()
+    return out
+
+
+def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, traces: list[Trace],
+           advantage: Tensor, config: GRPOConfig, lr: float) -> dict[str, float]:
+    """The optimizer steps of one rollout -> what to log: means over the loss tokens that were passed over."""
+    live = [i for i, t in enumerate(traces) if not (config.mask_overlong and t.status == "truncated")]
+    learn = {i for i in live if advantage[i] != 0 or config.beta > 0}
+    full = pad(traces)[1]                                                             # (B, T)
+    width = full.shape[1]
+    old = score_all(model, traces, sorted(learn), width, config) if config.epochs * config.minibatches > 1 else None
+    ref = score_all(reference, traces, sorted(learn), width, config) if config.beta > 0 else None
+    sums, gap_max, norms, shuffle = defaultdict(float), 0.0, [], random.Random(len(learn))
+    for _ in range(config.epochs):
+        order = shuffle.sample(live, len(live)) if config.minibatches > 1 else live
+        for rows in np.array_split(np.array(order, dtype=int), config.minibatches):
+            weights = token_weights(full[rows], config.loss, config.trace_tokens)     # over all, flat groups too
+            rows = [(n, int(i)) for n, i in enumerate(rows) if i in learn]
+            for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens) if rows else []:
+                lines, part = zip(*(rows[j] for j in part))
+                lines, part = list(lines), list(part)
+                logprobs, entropy, mask = score(model, [traces[i] for i in part], config)
+                T, device = logprobs.shape[1], logprobs.device
+                before = logprobs.detach() if old is None else old[part, :T].to(device)
+                loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
+                                          advantage[part].to(device), mask, weights[lines, :T].to(device), config)
+                loss.backward()
+                sampled = pad_logprobs([traces[i] for i in part]).to(device)
+                gap = ((sampled - logprobs.detach()) * mask).abs()
+                gap_max = max(gap_max, float(gap.max()))
+                stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "gap_mean": gap.sum(), "tokens": mask.sum()}
+                for name, value in stats.items():
+                    sums[name] += float(value)
+            if rows:  # else there is nothing to learn: no step, not even of momentum
+                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
+    tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
+    return {**{k: v / tokens for k, v in sums.items()}, "gap_max": gap_max, "updates": len(norms),
+            "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss}
+
+
+def pad_logprobs(traces: list[Trace]) -> Tensor:
+    """What the sampler said of each of its tokens (B, T)."""
+    T = max(len(t.ids) for t in traces)
+    return torch.tensor([t.logprobs + [0.0] * (T - len(t.logprobs)) for t in traces])
+
+
+# ---------------------------------------------------------------------------------------------- loop
+
+COLUMNS = ["step", "reward", "answer", "consistency", *PARTS, "finished", "truncated", "flat_groups", "calls",
+           "length", "entropy", "kl", "clip_low", "clip_high", "gap_mean", "gap_max", "grad_norm", "updates", "lr",
+           "memo_hits", "heldout_greedy", "heldout_sampled", "sampled_tokens", "time_sample", "time_train", "loss"]
+
+
+def roll_out(stage: Stage, agent: AutoAgent, questions: list[Question], config: GRPOConfig, step: int
+             ) -> tuple[list[Trace], list[dict], Tensor]:
+    """One group of traces a question, their rewards with all parts, their advantages (B,)."""
+    traces = stage.traces(questions, config.group, step)
+    run_episodes(agent, stage.actor, traces, config.group)
+    asked = [q for q in questions for _ in range(config.group)]
+    rewards = [reward(trace, q.golds, config) for trace, q in zip(traces, asked)]
+    groups = torch.arange(len(questions)).repeat_interleave(config.group)
+    return traces, rewards, advantages(torch.tensor([r["reward"] for r in rewards]), groups, config.scale_std)
+
+
+def summary(traces: list[Trace], rewards: list[dict], advantage: Tensor, config: GRPOConfig) -> dict[str, float]:
+    """Means over the traces of one rollout; a part of the reward over the traces it applies to."""
+    def mean(values):
+        values = [float(v) for v in values if v is not None]
+        return sum(values) / len(values) if values else 0.0
+    return {**{name: mean(r[name] for r in rewards) for name in rewards[0]},
+            "finished": mean(t.status == "answered" for t in traces),
+            "truncated": mean(t.status == "truncated" for t in traces),
+            "flat_groups": mean((advantage.view(-1, config.group) == 0).all(1)),
+            "calls": mean(len(t.calls) for t in traces), "length": mean(sum(t.mask) for t in traces)}
+
+
+def train(config: GRPOConfig) -> None:
+    """Stage 2 from OUT/sft/model to OUT/grpo/model."""
+    set_up(config)
+    before = Path(config.out) / "sft"
+    if not (before / "model" / "config.json").exists():
+        raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
+    world = make_world(read_json(before / "config.json")["seed"])
+    questions = make_questions(world)
+    with world.sealed():
+        stage = Stage(before / "model", config)
+        run = Run(Path(config.out) / "grpo", config, COLUMNS)
+        pool = [q for q in questions if q.set == "train"]
+        pool = random.Random(f"grpo {config.seed}").sample(pool, len(pool))
+        plan = [[pool[(step * config.questions + i) % len(pool)] for i in range(config.questions)]
+                for step in range(config.steps)]
+        held_out = [q for q in questions if q.set in HELD_OUT][::4]
+        stage.make_tools([*held_out, *(q for step in plan for q in step)])
+        model = load_model(before / "model", stage.device)
+        loop(stage, model, plan, held_out, run)
+        run.save(model, stage.tokenizer)
+
+
+def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out: list[Question], run: Run) -> None:
+    """The loop of stage 2: roll out, reward, advantage, update, log."""
+    config = stage.config
+    agent = stage.agent(model, config.questions * config.group, config.temperature)
+    optimizer = make_optimizer(model, 0.0)
+    bar = tqdm(plan, desc="grpo", unit="step", mininterval=1)
+    for step, questions in enumerate(bar):
+        start, asked, hits = time.perf_counter(), stage.actor.asked, stage.actor.remembered
+        traces, rewards, advantage = roll_out(stage, agent, questions, config, step)
+        middle = time.perf_counter()
+        lr = config.lr * (1 - step / config.steps)
+        row = {"step": step, "lr": lr, **summary(traces, rewards, advantage, config),
+               **update(model, stage.frozen, optimizer, traces, advantage, config, lr),
+               "memo_hits": (stage.actor.remembered - hits) / max(1, stage.actor.asked - asked),
+               "sampled_tokens": sum(sum(t.mask) for t in traces),
+               "time_sample": middle - start, "time_train": time.perf_counter() - middle}
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            result, seen = evaluate(stage, model, held_out)
+            row |= {"heldout_greedy": result["em_greedy"], "heldout_sampled": result["em_sampled"]}
+            run.save_traces(step, seen)
+        run.log({name: row.get(name, "") for name in COLUMNS})
+        if row.get("gap_mean", 0) > 0.05:
+            bar.write(f"step {step}: sampler and trainer disagree by {row['gap_mean']:.3f} in the log-probability")
+        bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['answer']:.3f}", refresh=False)
+
+
+def main() -> None:
+    """python grpo.py"""
+    config = command_line(GRPOConfig, __doc__)
+    train(config)
+    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; compare with: python mtr.py eval --out {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,556 @@
+"""The machine: a Qwen2.5-style transformer, its KV cache, its sampler, its checkpoints. No agents in here.
+
+Shapes: B batch, T tokens, S cache slots (keys), D width, H heads, K kv-heads, Dh head width, V vocabulary.
+Parameters bear the names of a Qwen2.5 checkpoint, so loading one is a few strict lines.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# --------------------------------------------------------------------------------------------- config
+
+
+class InputError(ValueError):
+    """A user's mistake: one line that names the culprit and what was expected; programs exit with 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hyperparameters of config.json that this file reads, under their Hugging Face names."""
+    vocab_size: int              # V: rows of the embedding, at least the tokenizer's ids
+    hidden_size: int             # D
+    intermediate_size: int       # width inside the SwiGLU
+    num_hidden_layers: int
+    num_attention_heads: int     # H
+    num_key_value_heads: int     # K; H / K query heads share one key and value head
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float            # base of the rotary wavelengths
+    tie_word_embeddings: bool    # the head is the embedding, transposed
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @staticmethod
+    def read(folder: Path) -> "ModelConfig":
+        """config.json of a Qwen2.5 folder; InputError names a missing key or a feature that isn't built here."""
+        raw = read_json(folder / "config.json")
+        raw = {**raw.get("rope_parameters", {}), **raw}  # where newer writers of the format put rope_theta
+        for key, want in (("model_type", "qwen2"), ("hidden_act", "silu"), ("use_sliding_window", False),
+                          ("rope_scaling", None), ("rope_type", "default")):
+            if raw.get(key, want) != want:
+                raise InputError(f"{folder / 'config.json'}: {key} is {raw[key]!r}, only {want!r} is supported")
+        if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
+            raise InputError(f"{folder / 'config.json'}: no {missing[0]!r}")
+        return ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; InputError names the file that is missing or broken."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+# --------------------------------------------------------------------------------------- transformer
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: where a sum over many small terms would lose in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, the mean in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = wide(x)
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """positions (B, T) -> angles (B, T, Dh/2) in float32: position · theta^(-2i/Dh) (Su et al. 2021, eq. 15)."""
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    return positions[..., None].float() * theta ** (-i / head_dim)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + Dh/2]) by its angle; x (B, H, T, Dh), cos and sin (B, 1, T, Dh/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped kv-heads and biases on q, k, v (Ainslie et al. 2023; Qwen2.5)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer = layer
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, window: "Window | None") -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)      # (B, H, T, Dh)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)   # (B, K, T, Dh)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)   # (B, K, T, Dh)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if window is None:  # whole rows from position 0: padding on the right is never seen by a real token
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        else:  # is_causal would be top-left aligned, wrong behind a cache, so the window brings a mask
+            k, v = window.write(self.layer, k, v)                                     # (B, K, S, Dh)
+            # The H/K query heads of a kv-head stand side by side in time: no key is copied, no slow grouped path.
+            q = q.reshape(B, self.kv_heads, -1, self.head_dim)                        # (B, K, H/K·T, Dh)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask)
+            out = out.reshape(B, self.heads, T, self.head_dim)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))                     # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normed stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, window: "Window | None") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, window)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Qwen2.5: embedding, blocks, norm, head. forward() ends before the head, which few positions need."""
+
+    def __init__(self, config: ModelConfig, known_ids: int | None = None):
+        super().__init__()
+        self.config = config
+        self.known_ids = known_ids or config.vocab_size  # rows above the tokenizer's last id are never scored
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model["norm"].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model["norm"].weight.dtype
+
+    def forward(self, ids: Tensor, window: "Window | None" = None) -> Tensor:
+        """ids (B, T) -> final states (B, T, D). Without a window each row starts at position 0 and may be
+        padded on the right with any id; with one, the ids continue the rows of a KV cache."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None] if window is None else window.positions
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)[:, None]  # (B, 1, T, Dh/2)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        x = self.model["embed_tokens"](ids)                                           # (B, T, D)
+        for block in self.model["layers"]:
+            x = block(x, cos, sin, window)
+        return self.model["norm"](x)
+
+    def head(self, states: Tensor) -> Tensor:
+        """states (…, D) -> logits (…, known ids), at least float32."""
+        weight = self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return wide(F.linear(states, weight[:self.known_ids]))
+
+    def init_weights(self, seed: int) -> "Transformer":
+        """Random weights for a small model trained from nothing; the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        depth = math.sqrt(2 * self.config.num_hidden_layers)  # the stream sums this many outputs (GPT-2)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.data.zero_()
+            elif weight.dim() == 2:
+                std = 0.08 if "embed" in name else 0.6 / math.sqrt(weight.shape[1])
+                std /= depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
+        return self
+
+
+def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """ids (B, T), mask (B, T) bool -> log-probability of each masked id given those before it, and the entropy
+    it was drawn from (no gradient), both (B, T), zero where the mask is. Softmax in float32, at the temperature."""
+    rows, cols = mask.nonzero(as_tuple=True)                                          # (N,) scored tokens only
+    assert bool((cols > 0).all()), "the first token of a row has nothing before it and can't be scored"
+    logits = model.head(model(ids)[rows, cols - 1]) / temperature                     # (N, V)
+    logprobs = logits.log_softmax(-1)
+    picked = logprobs.gather(1, ids[rows, cols][:, None])[:, 0]                       # (N,)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    zeros = torch.zeros(ids.shape, dtype=picked.dtype, device=ids.device)
+    return zeros.index_put((rows, cols), picked), zeros.index_put((rows, cols), entropy)
+
+
+# ------------------------------------------------------------------------------------------ KV cache
+
+
+class KVCache:
+    """Keys and values of many conversations. A row's tokens lie from 0 to length[row], no hole, no left padding;
+    length is the one position counter. Zeros, not torch.empty: NaN beyond a row's length would survive 0 · NaN."""
+
+    def __init__(self, model: Transformer, rows: int, slots: int):
+        c = model.config
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim)
+        self.k = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.groups = c.num_attention_heads // c.num_key_value_heads  # query heads a kv-head
+        self.longest = 0  # no row is longer; known without asking the device
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Row target[i] becomes what row source[i] was; a swap names both rows in both lists."""
+        for part in (self.k, self.v):
+            part[:, target, :, :self.longest] = part[:, source, :, :self.longest]
+        self.length[target] = self.length[source]
+
+
+class Window:
+    """One forward pass over the first B rows of a cache: where its tokens go and what each of them may see."""
+
+    def __init__(self, cache: KVCache, new: Tensor, width: int):
+        """new (B,): how many of the pass's `width` columns are real tokens of each row; the rest is padding."""
+        B, device = len(new), new.device
+        self.cache, self.new = cache, new
+        self.positions = cache.length[:B, None] + torch.arange(width, device=device)  # (B, T)
+        cache.longest += width
+        assert cache.longest <= cache.k.shape[3], f"KV cache of {cache.k.shape[3]} slots, {cache.longest} needed"
+        keys = torch.arange(cache.longest, device=device)
+        self.mask = (keys <= self.positions[:, :, None])[:, None].repeat(1, 1, cache.groups, 1)  # (B, 1, H/K·T, S)
+        self.real = (torch.arange(width, device=device) < new[:, None]).nonzero(as_tuple=True) if width > 1 \
+            else (torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device))
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, K, T, Dh) into the cache, padding left out -> all keys and values so far (B, K, S, Dh)."""
+        rows, cols = self.real
+        positions, B, S = self.positions[rows, cols], len(self.positions), self.mask.shape[-1]
+        self.cache.k[layer, rows, :, positions] = k[rows, :, cols]
+        self.cache.v[layer, rows, :, positions] = v[rows, :, cols]
+        return self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]
+
+    def close(self) -> None:
+        """All layers have written: the rows grow."""
+        self.cache.length[:len(self.new)] += self.new
+
+
+# ------------------------------------------------------------------------------------------- sampler
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """logits (B, V), uniform (B,) in [0, 1) -> ids (B,) by inverse transform, their log-probabilities (B,).
+
+    At temperature 0 the largest logit is taken and scored at temperature 1. The numbers come from outside, so
+    what a conversation draws doesn't depend on who shares its batch."""
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        ids = logits.argmax(-1)
+    else:
+        cdf = logprobs.exp().cumsum(-1)
+        below = uniform.to(cdf.dtype) * cdf[:, -1]  # the sum is 1 only up to rounding
+        ids = torch.searchsorted(cdf, below[:, None], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+    return ids, logprobs.gather(1, ids[:, None])[:, 0]
+
+
+class Sampler:
+    """Conversations kept open over one KV cache: open, append, sample, and again, nothing prefilled twice.
+
+    Each pass runs on the first rows of the cache. Conversations swap places so that those that are still
+    speaking stand there, and one that has ended its turn costs the others nothing."""
+
+    def __init__(self, model: Transformer, tokenizer: "Tokenizer", rows: int, slots: int):
+        self.model, self.tokenizer = model, tokenizer
+        self.cache = KVCache(model, rows, slots)
+        self.stop = torch.tensor(sorted(tokenizer.stop_ids), device=model.device)
+        self.capacity = rows
+        self.reset()
+
+    def reset(self) -> None:
+        """Close all conversations."""
+        self.place = list(range(len(self.cache.length)))   # conversation -> cache row
+        self.holder = list(range(len(self.cache.length)))  # cache row -> conversation
+        self.pending: list[list[int]] = [[] for _ in self.place]  # ids that the cache hasn't read yet
+        self.filled = [0] * len(self.place)  # tokens in the cache, by conversation
+        self.used = 0
+        self.cache.length.zero_()
+
+    @torch.no_grad()
+    def open(self, prompts: list[list[int]], copies: int = 1) -> list[int]:
+        """Read each prompt once and copy it: `copies` conversations a prompt, side by side; their numbers."""
+        first = self.used
+        self.used += len(prompts) * copies
+        assert self.used <= len(self.place), f"{self.used} conversations, room for {len(self.place)}"
+        heads = range(first, self.used, copies)
+        for head, prompt in zip(heads, prompts):
+            self.pending[head] = prompt[:-1]
+        order = sorted(heads, key=lambda c: len(self.pending[c]))
+        for i in range(0, len(order), 32):  # neighbours in length: little padding
+            self._read(order[i:i + 32])
+        for head, prompt in zip(heads, prompts):
+            for c in range(head, head + copies):  # the last id is read by sample(), which needs what follows it
+                self.pending[c], self.filled[c] = prompt[-1:], len(prompt) - 1
+        if copies > 1:
+            self.cache.longest = max(self.filled[first:self.used])
+            target = [c for head in heads for c in range(head + 1, head + copies)]
+            source = [head for head in heads for _ in range(copies - 1)]
+            self.cache.move(self._rows(source), self._rows(target))
+        return list(range(first, self.used))
+
+    def append(self, conversation: int, ids: list[int]) -> None:
+        """Add what somebody else says; it is read with the next sample()."""
+        self.pending[conversation] += ids
+
+    @torch.no_grad()
+    def sample(self, conversations: list[int], limits: list[int], uniforms: np.ndarray, temperature: float = 1.0
+               ) -> list[tuple[list[int], list[float]]]:
+        """Let each conversation speak until a stop id or its limit -> (ids, log-probabilities) of each.
+
+        uniforms (B, most new ids) are the random numbers that it draws with; temperature 0 needs none of them."""
+        device, B, most = self.model.device, len(conversations), max(limits)
+        number = torch.full((len(self.place),), -1, device=device)  # conversation -> its line in the tables below
+        number[torch.tensor(conversations, device=device)] = torch.arange(B, device=device)
+        limit = torch.tensor(limits, device=device)
+        table = torch.as_tensor(uniforms, device=device)
+        ids = torch.zeros(B, most, dtype=torch.long, device=device)
+        logprobs = torch.zeros(B, most, dtype=torch.promote_types(self.model.dtype, torch.float32), device=device)
+        count = torch.zeros(B, dtype=torch.long, device=device)
+        states = self._read(conversations)                                            # (B, D)
+        line = number[torch.tensor(self.holder[:B], device=device)]
+        for step in range(most):
+            new, logprob = draw(self.model.head(states), table[line, step], temperature)
+            ids[line, step], logprobs[line, step], count[line] = new, logprob, step + 1
+            done = torch.isin(new, self.stop) | (limit[line] <= step + 1)
+            if done.any():  # the one look at the device in a step
+                new, line = self._leave(done, new, line)
+                if not len(line):
+                    break
+            window = Window(self.cache, torch.ones_like(line), 1)
+            states = self.model(new[:, None], window)[:, 0]
+            window.close()
+        ids, logprobs, count = ids.tolist(), logprobs.tolist(), count.tolist()
+        for i, c in enumerate(conversations):
+            self.pending[c] = ids[i][count[i] - 1:count[i]]  # the last id was never fed back
+            self.filled[c] += count[i] - 1
+        return [(ids[i][:n], logprobs[i][:n]) for i, n in enumerate(count)]
+
+    def _read(self, conversations: list[int]) -> Tensor:
+        """Feed pending ids of the conversations, a ragged batch -> states (B, D) after the last id of each,
+        in the order of the cache's rows, which the conversations now head."""
+        B, device = len(conversations), self.model.device
+        wanted = set(conversations)
+        out = [r for r in range(B) if self.holder[r] not in wanted]
+        into = [self.place[c] for c in conversations if self.place[c] >= B]
+        self._swap(out, into)
+        lengths = [len(self.pending[c]) for c in self.holder[:B]]
+        ids = torch.zeros(B, max(lengths), dtype=torch.long)
+        for row, c in enumerate(self.holder[:B]):
+            ids[row, :lengths[row]] = torch.tensor(self.pending[c])
+            self.filled[c] += lengths[row]
+            self.pending[c] = []
+        self.cache.longest = max(self.filled[c] - n for c, n in zip(self.holder[:B], lengths))
+        last = torch.tensor(lengths, device=device)
+        window = Window(self.cache, last, ids.shape[1])
+        states = self.model(ids.to(device), window)                                   # (B, T, D)
+        window.close()
+        self.cache.longest = max(self.filled[c] for c in self.holder[:B])
+        return states[torch.arange(B, device=device), (last - 1).clamp(min=0)]
+
+    def _leave(self, done: Tensor, new: Tensor, line: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that are done change places with the last ones that aren't."""
+        flags = done.tolist()
+        stay = flags.count(False)
+        holes = [r for r in range(stay) if flags[r]]
+        movers = [r for r in range(stay, len(flags)) if not flags[r]]
+        self._swap(holes, movers)
+        if holes:
+            h, m = torch.tensor(holes, device=line.device), torch.tensor(movers, device=line.device)
+            new[h], line[h] = new[m], line[m]
+        return new[:stay], line[:stay]
+
+    def _swap(self, a: list[int], b: list[int]) -> None:
+        """Cache rows a[i] and b[i] change places, and with them who holds them."""
+        if not a:
+            return
+        self.cache.longest = max(self.cache.longest, max(self.filled[self.holder[r]] for r in a + b))
+        device = self.model.device
+        self.cache.move(torch.tensor(a + b, device=device), torch.tensor(b + a, device=device))
+        for x, y in zip(a, b):
+            self.holder[x], self.holder[y] = self.holder[y], self.holder[x]
+            self.place[self.holder[x]], self.place[self.holder[y]] = x, y
+
+    def _rows(self, conversations: list[int]) -> Tensor:
+        return torch.tensor([self.place[c] for c in conversations], device=self.model.device)
+
+
+# --------------------------------------------------------------------------------------- checkpoints
+
+
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """A Qwen2.5 folder in Hugging Face's format -> model on the device; tensors are read one at a time.
+    InputError names what is missing, superfluous, misshapen or not a number."""
+    folder = Path(folder)
+    config = ModelConfig.read(folder)
+    with torch.device("meta"):  # shapes only, no memory
+        model = Transformer(config, known_ids=Tokenizer(folder).size)
+    want = {name: weight.shape for name, weight in model.named_parameters()}
+    for file, names in _shards(folder, want).items():
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                names = names if names is not None else list(tensors.keys())
+                for name in names:
+                    if config.tie_word_embeddings and name == "lm_head.weight":
+                        continue  # some writers store the tied head once more
+                    if name not in want:
+                        raise InputError(f"{file}: {name} is not a tensor of this model, or stands twice")
+                    weight = tensors.get_tensor(name)
+                    if weight.shape != want.pop(name):
+                        raise InputError(f"{file}: {name} has shape {tuple(weight.shape)}, config.json asks for "
+                                         f"{tuple(model.get_parameter(name).shape)}")
+                    if not weight.is_floating_point() or not bool(weight.sum(dtype=torch.float32).isfinite()):
+                        raise InputError(f"{file}: {name} ({weight.dtype}) holds something that is not a finite number")
+                    model.load_state_dict({name: weight.to(dtype)}, strict=False, assign=True)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({error})") from None
+    if want:
+        raise InputError(f"{folder}: no tensor {next(iter(want))} ({len(want)} missing)")
+    return model.eval().requires_grad_(True)
+
+
+def _shards(folder: Path, want: dict) -> dict[Path, list[str] | None]:
+    """File -> names to read from it: the index says which; a stray file beside the shards is never opened."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return {folder / "model.safetensors": None}
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict):
+        raise InputError(f"{index}: no 'weight_map'")
+    if missing := [name for name in want if name not in where]:
+        raise InputError(f"{index}: no entry for {missing[0]} ({len(missing)} missing)")
+    return {folder / file: [n for n in where if where[n] == file] for file in sorted(set(where.values()))}
+
+
+def save_model(model: Transformer, tokenizer: "Tokenizer", folder: Path) -> None:
+    """Write a folder that this file and transformers load as it stands: weights, config, tokenizer, stop ids."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.detach().contiguous().cpu() for name, weight in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    pad = min(tokenizer.stop_ids)
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+              "torch_dtype": str(model.dtype).removeprefix("torch."), "use_sliding_window": False,
+              "attention_dropout": 0.0, "eos_token_id": tokenizer.end, "pad_token_id": pad, **asdict(model.config)}
+    stops = {"eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": pad}
+    for name, content in (("config.json", config), ("generation_config.json", stops)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name, content in tokenizer.files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer.json. What the program writes is a list of pieces: a plain str is text, any
+    subclass of str is the control token of that name. Text can't spell a control token, whoever wrote it."""
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        raw = read_json(folder / "tokenizer.json")
+        self.files = {name: (folder / name).read_text(encoding="utf-8")
+                      for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists()}
+        try:
+            self.full = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"])
+            self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            self.plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
+            self.end = self.control["<|im_end|>"]
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer with Qwen2.5's control tokens ({error})") from None
+        self.size = self.full.get_vocab_size()
+        generation = folder / "generation_config.json"
+        stops = read_json(generation).get("eos_token_id", []) if generation.exists() else []
+        # A base checkpoint's own list lacks <|im_end|>, the end of every turn.
+        self.stop_ids = {self.end, *(stops if isinstance(stops, list) else [stops])}
+
+    def encode(self, pieces: list[str]) -> list[int]:
+        """Pieces -> ids. Neighbouring texts are joined first: ids don't add up at text borders."""
+        ids, text = [], ""
+        for piece in [*pieces, None]:
+            if type(piece) is str:
+                text += piece
+                continue
+            ids += self.plain.encode(text).ids if text else []
+            text = ""
+            if piece is not None:
+                ids.append(self.control[piece])
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, control tokens spelled out."""
+        return self.full.decode(ids, skip_special_tokens=False)
+
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+
+
+def train_tokenizer(texts: list[str], size: int, folder: Path, chat_template: str) -> Tokenizer:
+    """A byte-level BPE with Qwen2.5's pre-split and control tokens, learned from texts, written to folder."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                  r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size - len(CONTROL_TOKENS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    for token in CONTROL_TOKENS:  # as in Qwen2.5, the tags of a call are added tokens, but not special ones
+        bpe.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False)])
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": chat_template, "eos_token": "<|im_end|>",
+              "pad_token": "<|endoftext|>", "add_prefix_space": False, "model_max_length": 4096}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [
+        bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]}), encoding="utf-8")
+    return Tokenizer(folder)

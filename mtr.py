@@ -1,0 +1,246 @@
+"""The map: tool use learned from simulated traces, end to end. Everything that happens is called from here.
+
+  python mtr.py                 the miniature: world -> traces -> SFT -> GRPO -> evaluation, minutes on a CPU
+  python mtr.py ask "question"  the three agents on one question of your own about the fictional world
+  python mtr.py eval            the trained agent on the held-out questions once more
+  python mtr.py show            what a run left: its table, one question before and after GRPO
+"""
+import argparse
+import json
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import grpo
+import sft
+from agents import Blanked, Real, Shuffled, Tool, ToolActor, Trace, run_episodes
+from data.score import exact_match, f1
+from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
+from grpo import GRPOConfig, Stage, evaluate
+from model import InputError, Transformer, load_model, read_json
+from sft import SFTConfig, option
+
+TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_rows=2, maker_rows=1, actor_rows=1, warmup=5),
+       "grpo": dict(steps=2, questions=2, group=2, turn_tokens=48, max_turns=3, eval_every=2),
+       "continued_steps": 5, "questions": 8}
+
+
+@dataclass
+class RunConfig:
+    """What the whole run can be told; the stages have more to say when run alone (sft.py, grpo.py)."""
+    out: str = option("run", "run folder")
+    seed: int = option(0, "the world and all that follows from it")
+    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
+    toy: bool = option(False, "every stage in under a minute: a check that all works, nothing is learned")
+
+
+def run(config: RunConfig) -> None:
+    """The whole method, stage by stage, and its controls."""
+    shared = dict(out=config.out, seed=config.seed, threads=config.threads)
+    toy = TOY if config.toy else {"sft": {}, "grpo": {}}
+    first, second = SFTConfig(**shared, **toy["sft"]), GRPOConfig(**shared, **toy["grpo"])
+    out, seconds = Path(config.out), {}
+    say(f"1/4  SFT: {first.steps} steps from random weights, on the conversations of an impatient teacher")
+    with clock(seconds, "sft"):
+        sft.train(first)
+    say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} traces")
+    with clock(seconds, "grpo"):
+        grpo.train(second)
+    say("3/4  the control: SFT goes on for as long as GRPO took")
+    with clock(seconds, "sft_continued"):
+        sft.train_on(first, toy.get("continued_steps", first.continued_steps))
+    say("4/4  evaluation: every row answers the same held-out questions")
+    with clock(seconds, "evaluation"):
+        results, story = report(config, second, toy.get("questions"))
+    results["seconds"] = seconds | {"total": sum(seconds.values())}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (out / "story.txt").write_text(story + "\n", encoding="utf-8")
+    draw_curves(out)
+    show(config.out)
+
+
+def report(config: RunConfig, second: GRPOConfig, most: int | None) -> tuple[dict, str]:
+    """All rows of the table, and one question's trace before and after GRPO."""
+    world, out = make_world(config.seed), Path(config.out)
+    questions = make_questions(world)
+    held_out = [q for q in questions if q.set in HELD_OUT][::50 // most * 4 if most else 1]
+    stage = Stage(out / "sft" / "model", second)
+    stage.make_tools(held_out)
+    models = {name: load_model(out / name / "model", stage.device) for name in ("sft", "sft_continued", "grpo")}
+    models["untrained"] = Transformer(stage.frozen.config).init_weights(config.seed).to(stage.device)
+    rows, traces = [majority(questions, held_out)], {}
+    plan = [("closed_book", "sft", stage.actor), ("untrained", "untrained", stage.actor), ("sft", "sft", stage.actor),
+            ("sft_continued", "sft_continued", stage.actor), ("sft_blanked", "sft", Blanked()),
+            ("sft_shuffled", "sft", Shuffled(stage.actor)), ("grpo", "grpo", stage.actor),
+            ("grpo_blanked", "grpo", Blanked()), ("grpo_shuffled", "grpo", Shuffled(stage.actor)),
+            ("grpo_real", "grpo", Real(world.real))]
+    for name, model, backend in sft.tqdm(plan, desc="rows", unit="row"):
+        with nullcontext() if isinstance(backend, Real) else world.sealed():
+            row, traces[name] = evaluate(stage, models[model], held_out, backend, closed_book=name == "closed_book")
+        rows.append({"row": name, **row})
+    results = {"seed": config.seed, "actor_recall": actor_recall(stage, world),
+               "actor_fidelity": actor_fidelity(traces["grpo"], world), "maker": maker_report(stage, held_out), "rows": rows}
+    return results, before_and_after(held_out, traces["sft"], traces["grpo"])
+
+
+def majority(questions: list[Question], held_out: list[Question]) -> dict:
+    """The row of a program that always gives the commonest training answer."""
+    answer = Counter(q.golds[0] for q in questions if q.set not in HELD_OUT).most_common(1)[0][0]
+    right = {q.id: exact_match(answer, q.golds) for q in held_out}
+    em = sum(right.values()) / len(right)
+    of = {s: [right[q.id] for q in held_out if q.set == s] for s in HELD_OUT}
+    return {"row": "majority", "n": len(held_out), "em_greedy": em, "em_sampled": em, "grammar": None,
+            "f1": sum(f1(answer, q.golds) for q in held_out) / len(held_out), "valid_calls": None, "support": None,
+            "calls": 0.0, "by_set": {s: sum(v) / len(v) for s, v in of.items() if v}}
+
+
+def actor_recall(stage: Stage, world: World) -> float:
+    """Share of the world's facts that the ToolActor tells, asked with the teacher's own tools."""
+    tools = {relation: Tool(**tool_for(relation)) for relation in RELATIONS}
+    asked = [(tools[relation], {RELATIONS[relation][0]: subject}) for relation, subject in world.facts]
+    told = ToolActor(stage.actor.sampler).answer(asked)
+    return sum(told[i] == {r: v} for i, ((r, _), v) in enumerate(world.facts.items())) / len(told)
+
+
+def actor_fidelity(traces: list[Trace], world: World) -> float:
+    """Share of the observations which the ToolActor gave that are true."""
+    calls = [c for t in traces for c in t.calls if c.error is None and c.name in RELATIONS]
+    return sum(c.observation == world.real(c.name, c.arguments) for c in calls) / max(1, len(calls))
+
+
+def maker_report(stage: Stage, questions: list[Question]) -> dict[str, float]:
+    """Shares of the questions whose tools passed at the first try, are the teacher's, passed at all, passed at a
+    later try, are the fallback."""
+    boxes = [stage.boxes[q.id] for q in questions]
+    exact = [b.kind == q.kind and b.tries and [json.loads(t.definition) for t in b.made] == tools_for(q)
+             for b, q in zip(boxes, questions)]
+    shares = {"valid": [b.tries == 1 for b in boxes], "exact": exact, "accepted": [b.tries > 0 for b in boxes],
+              "regenerated": [b.tries > 1 for b in boxes], "fallback": [b.tries == 0 for b in boxes]}
+    return {name: sum(map(bool, values)) / len(boxes) for name, values in shares.items()}
+
+
+def before_and_after(questions: list[Question], before: list[Trace], after: list[Trace]) -> str:
+    """The first held-out question that SFT alone got wrong and GRPO got right, both traces as sampled."""
+    for q, old, new in zip(questions, before, after):
+        if not exact_match(old.answer or "", q.golds) and exact_match(new.answer or "", q.golds):
+            return f"{q.text}   (right: {q.golds[0]})\nbefore GRPO\n{old.story()}\nafter GRPO\n{new.story()}"
+    return "No held-out question went from wrong to right."
+
+
+class clock:
+    """Seconds spent inside, into a dict."""
+
+    def __init__(self, into: dict, name: str):
+        self.into, self.name = into, name
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.into[self.name] = round(time.perf_counter() - self.start, 1)
+
+
+def say(line: str) -> None:
+    """A headline between the progress bars."""
+    print(f"\n{line}", flush=True)
+
+
+def show(out: str) -> None:
+    """Print a run's table and story."""
+    results = read_json(Path(out) / "results.json")
+    columns = ("em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "support", "calls")
+    say(f"{'row':<14}" + "".join(f"{name:>12}" for name in columns) + "".join(f"{s:>11}" for s in HELD_OUT))
+    for row in results["rows"]:
+        cells = [row[name] for name in columns] + [row["by_set"].get(s) for s in HELD_OUT]
+        widths = [12] * len(columns) + [11] * len(HELD_OUT)
+        print(f"{row['row']:<14}" + "".join(f"{'-' if v is None else format(v, '.3f'):>{w}}" for v, w in zip(cells, widths)))
+    maker = ", ".join(f"{name} {value:.3f}" for name, value in results["maker"].items())
+    print(f"n = {results['rows'][0]['n']} held-out questions; the last columns are sampled EM by set\n"
+          f"ToolActor: recall {results['actor_recall']:.3f}, fidelity {results['actor_fidelity']:.3f}   ToolMaker: {maker}\n"
+          f"seconds: {results['seconds']}")
+    say((Path(out) / "story.txt").read_text(encoding="utf-8"))
+    print(f"everything else is in {out}/: metrics.csv and traces.jsonl of each stage, curves.png, the models")
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png: loss of stage 1; reward, length, held-out EM and gradient norm of stage 2."""
+    import csv
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    tables = {stage: list(csv.DictReader(open(out / stage / "metrics.csv", encoding="utf-8"))) for stage in ("sft", "grpo")}
+    panels = [("sft", ("loss_agent", "loss_maker", "loss_actor", "heldout_agent", "heldout_maker")),
+              ("grpo", ("reward", "answer", "consistency", "heldout_sampled")), ("grpo", ("length",)), ("grpo", ("grad_norm",))]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (stage, names) in zip(axes.flat, panels):
+        for name in names:
+            points = [(int(r["step"]), float(r[name])) for r in tables[stage] if r[name]]
+            axis.plot(*zip(*points), label=name, marker="o" if name.startswith("heldout") else "")
+        axis.set(xlabel=f"{stage} step", yscale="log" if stage == "sft" else "linear")
+        axis.legend()
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def open_run(out: str) -> tuple[Stage, Transformer, World]:
+    """What a finished run left: frozen tools, trained agent, world."""
+    folder = Path(out)
+    for part in ("sft", "grpo"):
+        if not (folder / part / "model").is_dir():
+            raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
+    config = GRPOConfig(**read_json(folder / "grpo" / "config.json"))
+    stage = Stage(folder / "sft" / "model", config)
+    return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_json(folder / "sft" / "config.json")["seed"])
+
+
+def ask(out: str, question: str) -> None:
+    """The three agents on one question."""
+    stage, model, world = open_run(out)
+    box = stage.maker.make([question])[0]
+    print(f"ToolMaker: {box.kind}" + "".join(f"\n  {tool.definition}" for tool in box.tools))
+    trace = Trace(question, box.tools, (0, question))
+    with world.sealed():
+        run_episodes(stage.agent(model, 1, 0.0), stage.actor, [trace])
+    print(f"AutoAgent and ToolActor:\n{trace.story()}")
+
+
+def evaluate_run(out: str, backend: str) -> None:
+    """The trained agent on the held-out questions."""
+    stage, model, world = open_run(out)
+    held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
+    stage.make_tools(held_out)
+    with nullcontext() if backend == "real" else world.sealed():
+        row, _ = evaluate(stage, model, held_out, Real(world.real) if backend == "real" else None)
+    print(json.dumps({"backend": backend, **row}, indent=2))
+
+
+def main() -> None:
+    """Dispatch on the command."""
+    parser = sft.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sft.add_options(parser, RunConfig)
+    commands = parser.add_subparsers(dest="command", title="commands", parser_class=sft.Parser)
+    for name, meaning in (("ask", "answer one question"), ("eval", "evaluate again"), ("show", "print what a run left")):
+        command = commands.add_parser(name, help=meaning, description=meaning)
+        command.add_argument("--out", default="run", help="run folder (default: run)")
+        if name == "ask":
+            command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
+        if name == "eval":
+            command.add_argument("--backend", choices=("simulated", "real"), default="simulated",
+                                 help="who answers the calls: the ToolActor, or the world itself")
+    options = vars(parser.parse_args())
+    command = options.pop("command")
+    if command == "ask":
+        ask(options["out"], options["question"])
+    elif command == "eval":
+        evaluate_run(options["out"], options["backend"])
+    elif command == "show":
+        show(options["out"])
+    else:
+        run(RunConfig(**options))
+
+
+if __name__ == "__main__":
+    sft.run_main(main)

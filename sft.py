@@ -1,0 +1,395 @@
+"""Stage 1: loss-masked supervised learning of trace grammar, for all three roles at once.
+
+    loss = - sum over the tokens that the role itself said of log p(token | all before it) / their number
+
+Nothing else is learned from: not the system turn, the tools, the question, an observation or a role header.
+Here too is what both stages share: a command line from a dataclass, batches, schedule, metrics, run folder.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import agents
+from agents import AutoAgent, Call, Tool, ToolActor, ToolMaker, Trace
+from data.world import HELD_OUT, imagined_questions, make_questions, make_world, teach_actor, teach_agent, teach_maker
+from model import (InputError, ModelConfig, Tokenizer, Transformer, load_model, save_model, token_logprobs,
+                   train_tokenizer)
+
+
+def option(default, meaning: str, **more):
+    """A config field: its default and what it means, which is also its --help."""
+    return field(default=default, metadata={"help": meaning, **more})
+
+
+@dataclass
+class SFTConfig:
+    """What stage 1 can be told. The model's shape is the miniature's."""
+    out: str = option("run", "run folder; this stage writes its part to OUT/sft")
+    seed: int = option(0, "world, teacher, weights and batches all follow from it")
+    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
+    steps: int = option(600, "optimizer steps")
+    short_steps: int = option(150, "the first of them, on short pieces of the conversations")
+    short_tokens: int = option(48, "length of such a piece; eight stand where one conversation will")
+    agent_rows: int = option(6, "AutoAgent conversations a step")
+    maker_rows: int = option(2, "ToolMaker conversations a step")
+    actor_rows: int = option(5, "ToolActor conversations a step, each of up to eight calls")
+    lr: float = option(1.5e-3, "peak learning rate; linear warm-up, then a cosine down to 5 %")
+    warmup: int = option(60, "steps of warm-up")
+    weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
+    clip_norm: float = option(1.0, "largest norm of the gradient")
+    continued_steps: int = option(500, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
+    eval_every: int = option(100, "steps between two looks at the held-out loss")
+    width: int = option(192, "D of the miniature")
+    layers: int = option(3, "its blocks")
+    heads: int = option(3, "its query heads")
+    kv_heads: int = option(1, "its key and value heads")
+    mlp: int = option(512, "its width inside the SwiGLU")
+    vocab: int = option(1280, "most ids of its tokenizer")
+
+    def __post_init__(self):
+        positive(self, "steps", "agent_rows", "maker_rows", "actor_rows", "lr", "clip_norm", "eval_every", "width",
+                 "layers", "heads", "kv_heads", "mlp")
+        if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
+            raise InputError(f"heads: width {self.width}, {self.heads} heads and {self.kv_heads} kv-heads don't divide evenly")
+
+
+# ---------------------------------------------------------------------------------- shared by the stages
+
+
+def positive(config, *names: str) -> None:
+    """InputError for the first named field that isn't above zero."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name}: expected a number above 0, found {getattr(config, name)!r}")
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
+    """One --flag a field of the dataclass, with its default and its meaning; the only place that makes flags."""
+    for f in fields(config_class):
+        if f.name not in skip:
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"] +
+                                f" (default: {f.default})", choices=f.metadata.get("choices"), **kind)
+
+
+def command_line(config_class: type, description: str):
+    """Config from sys.argv; unknown flags and bad values end the program with one line and exit code 2."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, config_class)
+    return config_class(**vars(parser.parse_args()))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, without the usage."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see --help)")
+
+
+def run_main(main) -> None:
+    """Run a program's main; a user's mistake ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device() -> str:
+    """cuda, mps or cpu: the first there is."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def set_up(config) -> None:
+    """Threads and torch's own random state."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+
+
+def half_precision(device: str):
+    """Autocast to bfloat16 where the hardware has it (on two cores twice as fast), else float32. Sums over the
+    vocabulary, norms and angles stay in float32."""
+    fast = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, torch.bfloat16) if fast else nullcontext()
+
+
+class Run:
+    """One stage's folder: config.json, metrics.csv (a row a step), traces.jsonl, model/."""
+
+    def __init__(self, folder: Path, config, columns: list[str]):
+        self.folder = folder
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+            self.file = open(folder / "metrics.csv", "w", newline="", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{folder}: can't write a run there ({error.strerror})") from None
+        self.writer = csv.DictWriter(self.file, columns)
+        self.writer.writeheader()
+
+    def log(self, row: dict) -> None:
+        """One row of metrics.csv; numbers with six digits."""
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+
+    def save_traces(self, step: int, traces: list[Trace], **more: list) -> None:
+        """Whole traces to traces.jsonl, with what else is known of each."""
+        with open(self.folder / "traces.jsonl", "a", encoding="utf-8") as file:
+            for i, trace in enumerate(traces):
+                extra = {name: values[i] for name, values in more.items()}
+                file.write(json.dumps({"step": step, **extra, **trace.record()}, ensure_ascii=False) + "\n")
+
+    def save(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        """The model as a Hugging Face folder, whole or not at all."""
+        part, target = self.folder / "model.part", self.folder / "model"
+        shutil.rmtree(part, ignore_errors=True)
+        save_model(model, tokenizer, part)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05) -> float:
+    """Linear warm-up, then a cosine from peak to floor · peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices alone: norms and biases have no scale to be pulled to."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
+    """Clip, step, forget the gradient -> the gradient's norm before clipping."""
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def pad(traces: list[Trace], device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Traces -> ids (B, T) and loss mask (B, T) bool, padded on the right. The pad id is of no consequence:
+    nothing is ever inferred from it."""
+    T = max(len(trace.ids) for trace in traces)
+    ids = torch.tensor([trace.ids + [0] * (T - len(trace.ids)) for trace in traces], device=device)
+    mask = torch.tensor([trace.mask + [0] * (T - len(trace.mask)) for trace in traces], device=device)
+    return ids, mask.bool()
+
+
+# -------------------------------------------------------------------------------- conversations to traces
+
+
+def agent_pieces(record: dict) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
+    """A teacher's AutoAgent conversation -> prompt, then for each turn what it says and what it hears back."""
+    tools = [*agents.check_tools(record["tools"]), *(agents.UTILITIES[u] for u in agents.KINDS[record["kind"]])]
+    spoken = []
+    for said in record["turns"]:
+        text = f"<think>{said['thought']}</think>"
+        if "answer" in said:
+            spoken.append(([f"{text}\n<answer> {said['answer']}</answer>"], []))
+        else:
+            results = [agents.result_text(o) for o in said["observations"]]
+            spoken.append((agents.assistant_content(text, said["calls"]),
+                           ["\n", *agents.results_turn(results), *agents.GENERATE]))
+    return AutoAgent.prompt(record["question"], tools), spoken
+
+
+def pieces(record: dict) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
+    """Any role's conversation -> prompt, then (said, heard) for each turn."""
+    if record["role"] == "agent":
+        return agent_pieces(record)
+    if record["role"] == "maker":
+        reply = ToolMaker.reply(record["kind"], [Tool(**tool) for tool in record["tools"]])
+        return ToolMaker.prompt(record["question"], record["rejected"]), [([reply], [])]
+    exchanges = record["exchanges"]
+    heard = [["\n", *agents.turn("user", agents.dumps(arguments)), *agents.GENERATE] for arguments, _ in exchanges[1:]]
+    said = [[agents.result_text(result)] for _, result in exchanges]
+    return ToolActor.prompt(Tool(**record["tool"]).definition, exchanges[0][0]), list(zip(said, [*heard, []]))
+
+
+def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
+    """A teacher's conversation as the trace that a rollout of the same words would be: same ids, same mask."""
+    prompt, turns = pieces(record)
+    trace = Trace(record.get("question", ""))
+    trace.hear(tokenizer.encode(prompt))
+    for said, heard in turns:
+        trace.say(tokenizer.encode([*said, agents.IM_END]))
+        trace.hear(tokenizer.encode(heard))
+    return trace
+
+
+def teach(seed: int, worlds: int = 3) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """The teacher's conversations by role: for training, and for the held-out loss.
+
+    The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
+    read observations, not to know them. ToolActor has no held-out ones: what it was never told it can't know."""
+    world, rng = make_world(seed), random.Random(f"teacher {seed}")
+    held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
+    records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
+    for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
+        records["agent"] += [teach_agent(other, q, rng) for q in questions]
+        records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, len(questions) // 2)]
+    valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
+             "maker": [teach_maker(q, rng) for q in held_out[::4]]}
+    return records, valid
+
+
+def batches(traces: list[Trace], rows: int, rng: random.Random):
+    """Endless batches: shuffled epochs, neighbours in length together so that little is padding."""
+    while True:
+        order = rng.sample(traces, len(traces))
+        blocks = [sorted(order[i:i + 8 * rows], key=lambda t: len(t.ids)) for i in range(0, len(order), 8 * rows)]
+        cut = [block[i:i + rows] for block in blocks for i in range(0, len(block), rows)]
+        yield from rng.sample(cut, len(cut))
+
+
+def short_pieces(traces: list[Trace], tokens: int) -> list[Trace]:
+    """The end of each turn of the traces' own role, cut to the last `tokens` tokens.
+
+    From random weights, attention has first to find out that names are copied and where a fact's subject stands.
+    Over hundreds of tokens that takes very long, over a few dozen it doesn't (sequence-length warm-up, Li et al. 2021)."""
+    made = []
+    for trace in traces:
+        for i in range(1, len(trace.ids) + 1):
+            if trace.mask[i - 1] and (i == len(trace.ids) or not trace.mask[i]):
+                start = max(0, i - tokens)
+                made.append(Trace(ids=trace.ids[start:i], mask=[0] + trace.mask[start + 1:i]))
+    return made
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+def masked_loss(model: Transformer, traces: list[Trace], device: str) -> tuple[Tensor, int]:
+    """Sum of -log p over the tokens that the traces' own role said, and the number of those tokens."""
+    ids, mask = pad(traces, device)
+    with half_precision(device):
+        logprobs, _ = token_logprobs(model, ids, mask)                                # (B, T)
+    return -logprobs.sum(), int(mask.sum())
+
+
+def train_step(model: Transformer, parts: list[list[Trace]], device: str) -> tuple[list[float], int]:
+    """Add the gradient of one step, a micro-batch a role; a role's loss is the mean over its tokens, and each role
+    counts the same, however little it says -> each role's loss, the step's loss tokens."""
+    losses, tokens = [], 0
+    for part in parts:
+        total, number = masked_loss(model, part, device)
+        (total / number / len(parts)).backward()
+        losses.append(float(total.detach()) / number)
+        tokens += number
+    return losses, tokens
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, traces: list[Trace], device: str) -> float:
+    """Mean -log p over the loss tokens of traces that training never sees."""
+    sums = [masked_loss(model, traces[i:i + 10], device) for i in range(0, len(traces), 10)]
+    return sum(float(total) for total, _ in sums) / sum(number for _, number in sums)
+
+
+ROLES = ("agent", "maker", "actor")
+COLUMNS = ["step", *(f"loss_{role}" for role in ROLES), "heldout_agent", "heldout_maker", "lr", "grad_norm", "tokens",
+           "time_step"]
+
+
+def new_miniature(config: SFTConfig, texts: list[str], folder: Path) -> tuple[Transformer, Tokenizer]:
+    """A tokenizer learned from the texts and a model of random weights with its ids."""
+    tokenizer = train_tokenizer(texts, config.vocab, folder, agents.CHAT_TEMPLATE)
+    shape = ModelConfig(tokenizer.size, config.width, config.mlp, config.layers, config.heads, config.kv_heads,
+                        2048, 1e-6, 1e6, True)
+    return Transformer(shape).init_weights(config.seed), tokenizer
+
+
+def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run, steps: int) -> None:
+    """The loop of stage 1: batch, loss, step, log."""
+    device, rng = str(model.device), random.Random(f"batches {config.seed}")
+    rows = {role: getattr(config, f"{role}_rows") for role in ROLES}
+    short = [batches(short_pieces(data[role], config.short_tokens), 8 * rows[role], rng) for role in ROLES]
+    whole = [batches(data[role], rows[role], rng) for role in ROLES]
+    optimizer = make_optimizer(model, config.weight_decay)
+    bar = tqdm(range(steps), desc="sft", unit="step", mininterval=1)
+    for step in bar:
+        start = time.perf_counter()
+        rate = learning_rate(step, steps, config.lr, config.warmup)
+        losses, tokens = train_step(model, [next(s) for s in (short if step < config.short_steps else whole)], device)
+        norm = optimizer_step(model, optimizer, rate, config.clip_norm)
+        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": rate,
+               "grad_norm": norm, "tokens": tokens, "time_step": time.perf_counter() - start}
+        if step % config.eval_every == 0 or step == steps - 1:
+            row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items()}
+        run.log(row)
+        bar.set_postfix({role: f"{loss:.3f}" for role, loss in zip(ROLES, losses)}, refresh=False)
+
+
+def prepare(config: SFTConfig) -> tuple[dict[str, list[dict]], dict[str, list[dict]], list[str]]:
+    """Conversations for training and for the held-out loss, and the texts that a tokenizer is learned from."""
+    records, valid = teach(config.seed)
+    texts = ["".join(part) for role in ROLES for record in records[role][:1500] for prompt, turns in [pieces(record)]
+             for part in (prompt, *(p for turn in turns for p in turn))]
+    texts += [f' {name}"{name}' for names in make_world(config.seed).names.values() for name in names] * 20
+    return records, valid, texts
+
+
+def encode(records: dict[str, list[dict]], tokenizer: Tokenizer) -> dict[str, list[Trace]]:
+    """Conversations -> traces, by role."""
+    return {role: [to_trace(record, tokenizer) for record in part] for role, part in records.items()}
+
+
+def train(config: SFTConfig) -> None:
+    """Stage 1 from nothing to OUT/sft/model."""
+    set_up(config)
+    run = Run(Path(config.out) / "sft", config, COLUMNS)
+    records, valid, texts = prepare(config)
+    model, tokenizer = new_miniature(config, texts, run.folder / "model")
+    model.to(pick_device())
+    fit(model, encode(records, tokenizer), encode(valid, tokenizer), config, run, config.steps)
+    run.save(model, tokenizer)
+
+
+def train_on(config: SFTConfig, steps: int) -> None:
+    """The control: more of the same from OUT/sft/model to OUT/sft_continued/model, warmed up again to half the rate."""
+    set_up(config)
+    folder = Path(config.out) / "sft" / "model"
+    run = Run(Path(config.out) / "sft_continued", config, COLUMNS)
+    model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
+    data, valid = (encode(part, tokenizer) for part in teach(config.seed))
+    fit(model, data, valid, replace(config, seed=config.seed + 1000, short_steps=0, lr=config.lr / 2), run, steps)
+    run.save(model, tokenizer)
+
+
+def main() -> None:
+    """python sft.py"""
+    config = command_line(SFTConfig, __doc__)
+    train(config)
+    print(f"stage 1 is done: {Path(config.out) / 'sft'}; go on with: python grpo.py --out {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
