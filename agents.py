@@ -7,19 +7,18 @@
 The sampler they are given opens, appends to and samples conversations (model.Sampler). What it sampled is kept
 as ids and never encoded again; what the program adds is encoded once; both enter the Trace with their loss mask.
 """
-import ast
 import json
-import operator
 import re
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property
 from typing import Callable
 
 import jsonschema
 import numpy as np
+
+import data.tools
 
 # ------------------------------------------------------------------------------------------ protocol
 # Qwen2.5's chat and tool format, to the letter: the chat_template of Qwen2.5-Instruct's tokenizer_config.json.
@@ -100,9 +99,9 @@ CHAT_TEMPLATE = "".join((  # the same format for transformers' apply_chat_templa
 
 AGENT_SYSTEM = ("Think inside <think></think>. Then call tools, or give the final answer, as short as it can be, "
                 "inside <answer></answer>.")
-MAKER_SYSTEM = ("Write the tools that help to answer the question. First its kind, one of {kinds}, inside "
-                "<kind></kind>. Then, inside <tools></tools>, one JSON object a line: name, description, "
-                "parameters and returns, the last two as JSON schemas.")
+MAKER_SYSTEM = ("Write the tools that help to answer the question. Think inside <think></think> what has to be looked "
+                "up. Then give the question's kind, one of {kinds}, inside <kind></kind>. Then, inside <tools></tools>, "
+                "one JSON object a line: name, description, parameters and returns, the last two as JSON schemas.")
 ACTOR_SYSTEM = ("You play a tool. For each call give what the tool would return, one JSON object that fits "
                 "its schema returns, or an error.")
 CLOSED_BOOK = "<think>I guess.</think>\n<answer>"  # put into the agent's mouth where it must answer with no tool
@@ -221,84 +220,7 @@ def _check_depth(node: object, depth: int) -> None:
         _check_depth(child, depth + 1)
 
 
-# ----------------------------------------------------------------------------- utility tools, run for real
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.Mod: operator.mod, ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
-
-
-def calculator(expression: str) -> dict:
-    """Numbers, + - * / // % and parentheses, walked as a syntax tree: nothing that a model writes is evaluated.
-
-    >>> calculator("2 * (3 + 4)"), calculator("2 ** 9")
-    ({'result': 14}, {'error': 'only numbers and + - * / // % ( ) are known'})
-    """
-    def value(node: ast.AST) -> int | float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) < 1e15:
-            return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.operand))
-        raise ValueError
-
-    try:
-        if len(expression) > 200:
-            return {"error": "expression too long"}
-        return {"result": value(ast.parse(expression.strip(), mode="eval").body)}
-    except (ZeroDivisionError, OverflowError):
-        return {"error": "no finite result"}
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return {"error": "only numbers and + - * / // % ( ) are known"}
-
-
-def compare(names: list[str], values: list, pick: str) -> dict:
-    """The name whose value, a number or an ISO date, is smallest or largest.
-
-    >>> compare(["Ada", "Bo"], [1815, 1790], "smallest")
-    {'result': 'Bo'}
-    """
-    if len(names) != len(values) or not names:
-        return {"error": "as many values as names are needed"}
-    try:
-        keys = [v if isinstance(v, (int, float)) else date.fromisoformat(v) for v in values]
-        best = (min if pick == "smallest" else max)(keys)
-    except (TypeError, ValueError):
-        return {"error": "values must be all numbers or all dates like 1999-12-31"}
-    return {"result": names[keys.index(best)]} if keys.count(best) == 1 else {"error": "the values are equal"}
-
-
-def date_difference(start: str, end: str) -> dict:
-    """Days from one ISO date to another.
-
-    >>> date_difference("2000-02-28", "2000-03-01")
-    {'days': 2}
-    """
-    try:
-        return {"days": (date.fromisoformat(end) - date.fromisoformat(start)).days}
-    except ValueError:
-        return {"error": "dates must look like 1999-12-31"}
-
-
-def count(items: list) -> dict:
-    """How many different items a list holds."""
-    return {"result": len({dumps(item) for item in items})}
-
-
-def _utility(run: Callable, description: str, returns: dict, **properties: dict) -> Tool:
-    def object_of(parts: dict) -> dict:
-        return {"type": "object", "properties": parts, "required": list(parts)}
-    return Tool(run.__name__, description, object_of(properties), object_of(returns), run)
-
-
-STRINGS = {"type": "array", "items": {"type": "string"}}
-UTILITIES = {tool.name: tool for tool in (
-    _utility(compare, "Pick the name with the smallest or largest value.", {"result": {"type": "string"}}, names=STRINGS,
-             values={"type": "array", "items": {"type": ["number", "string"]}}, pick={"enum": ["smallest", "largest"]}),
-    _utility(calculator, "Compute an expression.", {"result": {"type": "number"}}, expression={"type": "string"}),
-    _utility(date_difference, "Days from start to end.", {"days": {"type": "integer"}},
-             start={"type": "string"}, end={"type": "string"}),
-    _utility(count, "Count the different items.", {"result": {"type": "integer"}}, items={"type": "array"}))}
+UTILITIES = {spec["name"]: Tool(**spec) for spec in data.tools.UTILITIES}  # predefined, and run, not simulated
 # What the ToolMaker sorts questions into, and which utility tools come with each kind.
 KINDS = {"composition": (), "inference": (), "comparison": ("compare",),
          "arithmetic": ("calculator", "date_difference", "count")}
@@ -459,8 +381,11 @@ class AutoAgent:
             prompt = self.prompt(traces[i].question, traces[i].tools) + ([CLOSED_BOOK] if closed_book else [])
             for trace in traces[i:i + group]:
                 trace.hear(encode(prompt))
+        for trace in traces:
+            trace.status = "open" if len(trace.ids) < self.trace_tokens else "truncated"  # no room to speak
+        live = [trace for trace in traces if trace.status == "open"]
         self.sampler.reset()
-        self.rows = dict(zip(map(id, traces), self.sampler.open([t.ids for t in traces[::group]], group)))
+        self.rows = dict(zip(map(id, live), self.sampler.open([t.ids for t in live[::group]], group)))
         self.prefix = CLOSED_BOOK if closed_book else ""
 
     def act(self, traces: list[Trace]) -> None:
@@ -617,9 +542,9 @@ class ToolMaker:
         return [*system_turn(MAKER_SYSTEM.format(kinds=", ".join(KINDS))), *turn("user", question + reason), *GENERATE]
 
     @staticmethod
-    def reply(kind: str, tools: list[Tool]) -> str:
+    def reply(thought: str, kind: str, tools: list[Tool]) -> str:
         """What a ToolMaker should say: the text that parse_tools reads."""
-        return "\n".join([f"<kind>{kind}</kind>", "<tools>", *(tool.definition for tool in tools), "</tools>"])
+        return "\n".join([f"<think>{thought}</think>", f"<kind>{kind}</kind>", "<tools>", *(tool.definition for tool in tools), "</tools>"])
 
     def make(self, questions: list[str], key: tuple = ()) -> list[Toolbox]:
         """A Toolbox for each question; the first try is greedy, the others are sampled."""
@@ -637,53 +562,14 @@ class ToolMaker:
         return [box or Toolbox("composition", [FALLBACK], 0) for box in boxes]
 
 
-TOOLS_REPLY = re.compile(r"\s*<kind>(.*?)</kind>\s*<tools>(.*)</tools>\s*", re.DOTALL)
+TOOLS_REPLY = re.compile(r"\s*<think>.*?</think>\s*<kind>(.*?)</kind>\s*<tools>(.*)</tools>\s*", re.DOTALL)
 
 
 def parse_tools(text: str) -> tuple[str, list[Tool]]:
     """What the ToolMaker wrote -> kind and tools, or Rejected."""
     if not (match := TOOLS_REPLY.fullmatch(text)):
-        raise Rejected("no <kind> and <tools>")
+        raise Rejected("no think, kind and tools")
     if match[1].strip() not in KINDS:
         raise Rejected("unknown kind")
     lines = [line for line in match[2].splitlines() if line.strip()]
     return match[1].strip(), check_tools([strict_json(line) for line in lines])
-
-
-# ------------------------------------------------------------------- backends that stand in for the ToolActor
-
-
-class Real:
-    """Calls are answered by a function of the tool's name and arguments: real tools in the place of simulated."""
-
-    def __init__(self, function: Callable[[str, dict], dict]):
-        self.function = function
-
-    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
-        return [self.function(tool.name, arguments) for tool, arguments in requests]
-
-
-class Blanked:
-    """A control: every observation is an empty object."""
-
-    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
-        return [{} for _ in requests]
-
-
-class Shuffled:
-    """A control: the observation is what the same tool told another question."""
-
-    def __init__(self, backend):
-        self.backend = backend
-        self.told: dict[str, list[dict]] = {}
-
-    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
-        answers = self.backend.answer(requests)
-        for (tool, _), answer in zip(requests, answers):
-            told = self.told.setdefault(tool.name, [])
-            told += [answer] if answer not in told else []
-        shuffled = []
-        for (tool, arguments), answer in zip(requests, answers):
-            others = [o for o in self.told[tool.name] if o != answer]
-            shuffled.append(others[zlib.crc32(dumps(arguments).encode()) % len(others)] if others else {})
-        return shuffled

@@ -31,7 +31,7 @@ from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Tr
 from data.score import exact_match, f1, normalize
 from data.world import HELD_OUT, Question, World, make_questions, make_world
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
-from sft import (Run, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
+from sft import (Run, command_line, half_precision, make_optimizers, option, optimizer_step, pad, pick_device,
                  positive, run_main, set_up)
 
 
@@ -298,8 +298,8 @@ def score_all(model: Transformer, traces: list[Trace], rows: list[int], width: i
     return out
 
 
-def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, traces: list[Trace],
-           advantage: Tensor, config: GRPOConfig, lr: float) -> dict[str, float]:
+def update(model: Transformer, reference: Transformer, optimizers: list, traces: list[Trace],
+           advantage: Tensor, config: GRPOConfig, share: float) -> dict[str, float]:
     """The optimizer steps of one rollout -> what to log: means over the loss tokens that were passed over."""
     live = [i for i, t in enumerate(traces) if not (config.mask_overlong and t.status == "truncated")]
     learn = {i for i in live if advantage[i] != 0 or config.beta > 0}
@@ -329,7 +329,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
                 for name, value in stats.items():
                     sums[name] += float(value)
             if rows:  # else there is nothing to learn: no step, not even of momentum
-                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
+                norms.append(optimizer_step(model, optimizers, share, config.clip_norm))
     tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
     return {**{k: v / tokens for k, v in sums.items()}, "gap_max": gap_max, "updates": len(norms),
             "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss}
@@ -397,15 +397,15 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
     """The loop of stage 2: roll out, reward, advantage, update, log."""
     config = stage.config
     agent = stage.agent(model, config.questions * config.group, config.temperature)
-    optimizer = make_optimizer(model, 0.0)
+    optimizers = make_optimizers(model, config.lr, weight_decay=0.0)
     bar = tqdm(plan, desc="grpo", unit="step", mininterval=1)
     for step, questions in enumerate(bar):
         start, asked, hits = time.perf_counter(), stage.actor.asked, stage.actor.remembered
         traces, rewards, advantage = roll_out(stage, agent, questions, config, step)
         middle = time.perf_counter()
-        lr = config.lr * (1 - step / config.steps)
-        row = {"step": step, "lr": lr, **summary(traces, rewards, advantage, config),
-               **update(model, stage.frozen, optimizer, traces, advantage, config, lr),
+        share = 1 - step / config.steps
+        row = {"step": step, "lr": config.lr * share, **summary(traces, rewards, advantage, config),
+               **update(model, stage.frozen, optimizers, traces, advantage, config, share),
                "memo_hits": (stage.actor.remembered - hits) / max(1, stage.actor.asked - asked),
                "sampled_tokens": sum(sum(t.mask) for t in traces),
                "time_sample": middle - start, "time_train": time.perf_counter() - middle}

@@ -45,13 +45,16 @@ class ModelConfig:
     def read(folder: Path) -> "ModelConfig":
         """config.json of a Qwen2.5 folder; InputError names a missing key or a feature that isn't built here."""
         raw = read_json(folder / "config.json")
-        raw = {**raw.get("rope_parameters", {}), **raw}  # where newer writers of the format put rope_theta
+        raw = {**(raw.get("rope_parameters") or {}), **raw}  # where newer writers of the format put rope_theta
         for key, want in (("model_type", "qwen2"), ("hidden_act", "silu"), ("use_sliding_window", False),
                           ("rope_scaling", None), ("rope_type", "default")):
             if raw.get(key, want) != want:
                 raise InputError(f"{folder / 'config.json'}: {key} is {raw[key]!r}, only {want!r} is supported")
-        if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
-            raise InputError(f"{folder / 'config.json'}: no {missing[0]!r}")
+        for f in fields(ModelConfig):
+            value = raw.get(f.name)
+            if not (type(value) in (f.type, int) if f.type is float else type(value) is f.type) or not value and f.type is not bool:
+                raise InputError(f"{folder / 'config.json'}: {f.name} should be a {f.type.__name__} above 0, found {value!r}"
+                                 .replace("a bool above 0", "true or false"))
         return ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
 
 
@@ -257,8 +260,7 @@ class Window:
         B, device = len(new), new.device
         self.cache, self.new = cache, new
         self.positions = cache.length[:B, None] + torch.arange(width, device=device)  # (B, T)
-        cache.longest += width
-        assert cache.longest <= cache.k.shape[3], f"KV cache of {cache.k.shape[3]} slots, {cache.longest} needed"
+        cache.longest = min(cache.longest + width, cache.k.shape[3])  # the longest row may not be the one that grows most
         keys = torch.arange(cache.longest, device=device)
         self.mask = (keys <= self.positions[:, :, None])[:, None].repeat(1, 1, cache.groups, 1)  # (B, 1, H/K·T, S)
         self.real = (torch.arange(width, device=device) < new[:, None]).nonzero(as_tuple=True) if width > 1 \
@@ -326,7 +328,7 @@ class Sampler:
         heads = range(first, self.used, copies)
         for head, prompt in zip(heads, prompts):
             self.pending[head] = prompt[:-1]
-        order = sorted(heads, key=lambda c: len(self.pending[c]))
+        order = sorted((c for c in heads if self.pending[c]), key=lambda c: len(self.pending[c]))
         for i in range(0, len(order), 32):  # neighbours in length: little padding
             self._read(order[i:i + 32])
         for head, prompt in zip(heads, prompts):
@@ -349,7 +351,10 @@ class Sampler:
         """Let each conversation speak until a stop id or its limit -> (ids, log-probabilities) of each.
 
         uniforms (B, most new ids) are the random numbers that it draws with; temperature 0 needs none of them."""
-        device, B, most = self.model.device, len(conversations), max(limits)
+        device, B, most, slots = self.model.device, len(conversations), max(limits), self.cache.k.shape[3]
+        for c, limit in zip(conversations, limits):
+            need = self.filled[c] + len(self.pending[c]) + limit - 1
+            assert limit > 0 and need <= slots, f"limit {limit}: KV cache of {slots} slots, {need} needed"
         number = torch.full((len(self.place),), -1, device=device)  # conversation -> its line in the tables below
         number[torch.tensor(conversations, device=device)] = torch.arange(B, device=device)
         limit = torch.tensor(limits, device=device)
@@ -433,8 +438,11 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     InputError names what is missing, superfluous, misshapen or not a number."""
     folder = Path(folder)
     config = ModelConfig.read(folder)
+    known = Tokenizer(folder).size
+    if known > config.vocab_size:
+        raise InputError(f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, the tokenizer has {known} ids")
     with torch.device("meta"):  # shapes only, no memory
-        model = Transformer(config, known_ids=Tokenizer(folder).size)
+        model = Transformer(config, known_ids=known)
     want = {name: weight.shape for name, weight in model.named_parameters()}
     for file, names in _shards(folder, want).items():
         try:
@@ -465,8 +473,8 @@ def _shards(folder: Path, want: dict) -> dict[Path, list[str] | None]:
     if not index.exists():
         return {folder / "model.safetensors": None}
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict):
-        raise InputError(f"{index}: no 'weight_map'")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{index}: no 'weight_map' from tensors to files")
     if missing := [name for name in want if name not in where]:
         raise InputError(f"{index}: no entry for {missing[0]} ({len(missing)} missing)")
     return {folder / file: [n for n in where if where[n] == file] for file in sorted(set(where.values()))}
@@ -477,6 +485,7 @@ def save_model(model: Transformer, tokenizer: "Tokenizer", folder: Path) -> None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach().contiguous().cpu() for name, weight in model.named_parameters()}
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier model, in shards
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pad = min(tokenizer.stop_ids)
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
@@ -509,7 +518,10 @@ class Tokenizer:
         generation = folder / "generation_config.json"
         stops = read_json(generation).get("eos_token_id", []) if generation.exists() else []
         # A base checkpoint's own list lacks <|im_end|>, the end of every turn.
-        self.stop_ids = {self.end, *(stops if isinstance(stops, list) else [stops])}
+        stops = stops if isinstance(stops, list) else [stops]
+        if bad := [stop for stop in stops if type(stop) is not int]:
+            raise InputError(f"{generation}: eos_token_id should hold ids, found {bad[0]!r}")
+        self.stop_ids = {self.end, *stops}
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Pieces -> ids. Neighbouring texts are joined first: ids don't add up at text borders."""
@@ -533,11 +545,14 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", 
 
 
 def train_tokenizer(texts: list[str], size: int, folder: Path, chat_template: str) -> Tokenizer:
-    """A byte-level BPE with Qwen2.5's pre-split and control tokens, learned from texts, written to folder."""
+    """A byte-level BPE with Qwen2.5's pre-split and control tokens, learned from texts, written to folder.
+
+    One departure: a space before a capital stands alone, so that a name is the same token in prose and in JSON, and
+    to copy it is to repeat it. Over 151,643 ids and trillions of tokens Qwen2.5 can afford to learn each twice."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?!\s\p{Lu})[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -548,7 +563,7 @@ def train_tokenizer(texts: list[str], size: int, folder: Path, chat_template: st
         bpe.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False)])
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": chat_template, "eos_token": "<|im_end|>",
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template, "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "add_prefix_space": False, "model_max_length": 4096}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [

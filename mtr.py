@@ -15,14 +15,15 @@ from pathlib import Path
 
 import grpo
 import sft
-from agents import Blanked, Real, Shuffled, Tool, ToolActor, Trace, run_episodes
+from agents import Tool, ToolActor, Trace, run_episodes
 from data.score import exact_match, f1
+from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
 from grpo import GRPOConfig, Stage, evaluate
 from model import InputError, Transformer, load_model, read_json
 from sft import SFTConfig, option
 
-TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_rows=2, maker_rows=1, actor_rows=1, warmup=5),
+TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5),
        "grpo": dict(steps=2, questions=2, group=2, turn_tokens=48, max_turns=3, eval_every=2),
        "continued_steps": 5, "questions": 8}
 

@@ -40,13 +40,14 @@ class SFTConfig:
     out: str = option("run", "run folder; this stage writes its part to OUT/sft")
     seed: int = option(0, "world, teacher, weights and batches all follow from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    steps: int = option(600, "optimizer steps")
-    short_steps: int = option(150, "the first of them, on short pieces of the conversations")
-    short_tokens: int = option(48, "length of such a piece; eight stand where one conversation will")
-    agent_rows: int = option(6, "AutoAgent conversations a step")
-    maker_rows: int = option(2, "ToolMaker conversations a step")
-    actor_rows: int = option(5, "ToolActor conversations a step, each of up to eight calls")
-    lr: float = option(1.5e-3, "peak learning rate; linear warm-up, then a cosine down to 5 %")
+    steps: int = option(700, "optimizer steps")
+    agent_tokens: int = option(2600, "tokens a step of AutoAgent's conversations, padding included")
+    maker_tokens: int = option(1300, "of ToolMaker's")
+    actor_tokens: int = option(1100, "of ToolActor's")
+    piece: int = option(24, "tokens of the pieces that the conversations are cut into at first")
+    piece_steps: int = option(75, "steps after which the pieces are four times as long, until nothing is cut")
+    lr: float = option(1.5e-3, "AdamW's peak learning rate; linear warm-up, then a cosine down to 5 %")
+    matrix_lr: float = option(0.02, "Muon's, on the matrices inside the blocks; 0: AdamW there too")
     warmup: int = option(60, "steps of warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
     clip_norm: float = option(1.0, "largest norm of the gradient")
@@ -60,7 +61,7 @@ class SFTConfig:
     vocab: int = option(1280, "most ids of its tokenizer")
 
     def __post_init__(self):
-        positive(self, "steps", "agent_rows", "maker_rows", "actor_rows", "lr", "clip_norm", "eval_every", "width",
+        positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece", "piece_steps", "lr", "clip_norm", "eval_every", "width",
                  "layers", "heads", "kv_heads", "mlp")
         if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
             raise InputError(f"heads: width {self.width}, {self.heads} heads and {self.kv_heads} kv-heads don't divide evenly")
@@ -168,29 +169,36 @@ class Run:
         os.replace(part, target)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05) -> float:
-    """Linear warm-up, then a cosine from peak to floor · peak."""
+def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
+    """What share of its peak the learning rate has: linear warm-up, then a cosine down to the floor."""
     if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices alone: norms and biases have no scale to be pulled to."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+def make_optimizers(model: Transformer, lr: float, weight_decay: float, matrix_lr: float = 0) -> list:
+    """AdamW, with decay on matrices alone; and with a matrix_lr Muon (Jordan et al. 2024) on those inside the
+    blocks, which teaches a model from random weights to copy in two thirds of the steps."""
+    named = dict(model.named_parameters())
+    inner = {n: p for n, p in named.items() if p.dim() == 2 and ".layers." in n and matrix_lr}
+    outer = {n: p for n, p in named.items() if n not in inner}
+    groups = [{"params": [p for p in outer.values() if p.dim() == 2], "weight_decay": weight_decay},
+              {"params": [p for p in outer.values() if p.dim() != 2], "weight_decay": 0.0}]
+    made = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))]
+    made += [torch.optim.Muon(inner.values(), lr=matrix_lr, weight_decay=weight_decay)] if inner else []
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return made
 
 
-def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
-    """Clip, step, forget the gradient -> the gradient's norm before clipping."""
+def optimizer_step(model: Transformer, optimizers: list, share: float, clip_norm: float) -> float:
+    """Clip, step at the given share of the peak learning rates, forget the gradient -> its norm before clipping."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return norm
 
 
@@ -226,7 +234,7 @@ def pieces(record: dict) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
     if record["role"] == "agent":
         return agent_pieces(record)
     if record["role"] == "maker":
-        reply = ToolMaker.reply(record["kind"], [Tool(**tool) for tool in record["tools"]])
+        reply = ToolMaker.reply(record["thought"], record["kind"], [Tool(**tool) for tool in record["tools"]])
         return ToolMaker.prompt(record["question"], record["rejected"]), [([reply], [])]
     exchanges = record["exchanges"]
     heard = [["\n", *agents.turn("user", agents.dumps(arguments)), *agents.GENERATE] for arguments, _ in exchanges[1:]]
@@ -261,27 +269,33 @@ def teach(seed: int, worlds: int = 3) -> tuple[dict[str, list[dict]], dict[str, 
     return records, valid
 
 
-def batches(traces: list[Trace], rows: int, rng: random.Random):
-    """Endless batches: shuffled epochs, neighbours in length together so that little is padding."""
-    while True:
-        order = rng.sample(traces, len(traces))
-        blocks = [sorted(order[i:i + 8 * rows], key=lambda t: len(t.ids)) for i in range(0, len(order), 8 * rows)]
-        cut = [block[i:i + rows] for block in blocks for i in range(0, len(block), rows)]
-        yield from rng.sample(cut, len(cut))
-
-
-def short_pieces(traces: list[Trace], tokens: int) -> list[Trace]:
-    """The end of each turn of the traces' own role, cut to the last `tokens` tokens.
+def cut(traces: list[Trace], tokens: int) -> list[Trace]:
+    """The end of each turn of the traces' own role, with what comes before it, at most `tokens` tokens; of a longer
+    turn several overlapping pieces.
 
     From random weights, attention has first to find out that names are copied and where a fact's subject stands.
     Over hundreds of tokens that takes very long, over a few dozen it doesn't (sequence-length warm-up, Li et al. 2021)."""
     made = []
     for trace in traces:
-        for i in range(1, len(trace.ids) + 1):
-            if trace.mask[i - 1] and (i == len(trace.ids) or not trace.mask[i]):
-                start = max(0, i - tokens)
-                made.append(Trace(ids=trace.ids[start:i], mask=[0] + trace.mask[start + 1:i]))
+        borders = [i for i in range(1, len(trace.mask) + 1) if (trace.mask + [0])[i] != trace.mask[i - 1]]
+        for begin, end in zip(borders[::2], borders[1::2]):
+            for stop in range(end, begin, -(tokens // 2)):
+                start = max(0, stop - tokens)
+                made.append(Trace(ids=trace.ids[start:stop], mask=[0] + trace.mask[start + 1:stop]))
     return made
+
+
+def batches(traces: list[Trace], tokens: int, rng: random.Random):
+    """Endless batches of at most `tokens` padded tokens: shuffled epochs, neighbours in length together."""
+    while True:
+        order, made = rng.sample(traces, len(traces)), []
+        for i in range(0, len(order), 64):
+            made.append([])
+            for trace in sorted(order[i:i + 64], key=lambda t: len(t.ids)):
+                if made[-1] and len(trace.ids) * (len(made[-1]) + 1) > tokens:
+                    made.append([])
+                made[-1].append(trace)
+        yield from rng.sample(made, len(made))
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -330,17 +344,19 @@ def new_miniature(config: SFTConfig, texts: list[str], folder: Path) -> tuple[Tr
 def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run, steps: int) -> None:
     """The loop of stage 1: batch, loss, step, log."""
     device, rng = str(model.device), random.Random(f"batches {config.seed}")
-    rows = {role: getattr(config, f"{role}_rows") for role in ROLES}
-    short = [batches(short_pieces(data[role], config.short_tokens), 8 * rows[role], rng) for role in ROLES]
-    whole = [batches(data[role], rows[role], rng) for role in ROLES]
-    optimizer = make_optimizer(model, config.weight_decay)
+    longest = max(len(trace.ids) for role in ROLES for trace in data[role])
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.matrix_lr)
     bar = tqdm(range(steps), desc="sft", unit="step", mininterval=1)
     for step in bar:
         start = time.perf_counter()
-        rate = learning_rate(step, steps, config.lr, config.warmup)
-        losses, tokens = train_step(model, [next(s) for s in (short if step < config.short_steps else whole)], device)
-        norm = optimizer_step(model, optimizer, rate, config.clip_norm)
-        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": rate,
+        share = schedule(step, steps, config.warmup)
+        if step % config.piece_steps == 0:  # the next stage of the warm-up, in the end the whole conversations
+            length = config.piece * 4 ** (step // config.piece_steps)
+            now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
+            streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in ROLES]
+        losses, tokens = train_step(model, [next(stream) for stream in streams], device)
+        norm = optimizer_step(model, optimizers, share, config.clip_norm)
+        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": share * config.lr,
                "grad_norm": norm, "tokens": tokens, "time_step": time.perf_counter() - start}
         if step % config.eval_every == 0 or step == steps - 1:
             row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items()}
@@ -353,7 +369,7 @@ def prepare(config: SFTConfig) -> tuple[dict[str, list[dict]], dict[str, list[di
     records, valid = teach(config.seed)
     texts = ["".join(part) for role in ROLES for record in records[role][:1500] for prompt, turns in [pieces(record)]
              for part in (prompt, *(p for turn in turns for p in turn))]
-    texts += [f' {name}"{name}' for names in make_world(config.seed).names.values() for name in names] * 20
+    texts += [f' {name}' for names in make_world(config.seed).names.values() for name in names] * 20
     return records, valid, texts
 
 
@@ -380,7 +396,7 @@ def train_on(config: SFTConfig, steps: int) -> None:
     run = Run(Path(config.out) / "sft_continued", config, COLUMNS)
     model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
     data, valid = (encode(part, tokenizer) for part in teach(config.seed))
-    fit(model, data, valid, replace(config, seed=config.seed + 1000, short_steps=0, lr=config.lr / 2), run, steps)
+    fit(model, data, valid, replace(config, seed=config.seed + 1000, piece=1_000_000, lr=config.lr / 2, matrix_lr=config.matrix_lr / 2), run, steps)
     run.save(model, tokenizer)
 
 

@@ -328,11 +328,12 @@ def tools_for(question: Question) -> list[dict]:
 def teach_maker(question: Question, rng: random.Random) -> dict:
     """One conversation of the ToolMaker; one in ten answers a request that names why a first try was rejected."""
     rejected = rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
-    return {"role": "maker", "question": question.text, "kind": question.kind, "tools": tools_for(question),
-            "rejected": rejected}
+    needs = ", then the ".join(relation.replace("_", " ") for relation in dict(question.steps))
+    return {"role": "maker", "question": question.text, "thought": f"I need the {needs}.", "kind": question.kind,
+            "tools": tools_for(question), "rejected": rejected}
 
 
-REJECTIONS = ("unknown kind", "not JSON", "unknown type", "no tools")
+REJECTIONS = ("unknown kind", "not JSON", "bad schema", "no think, kind and tools")
 
 
 def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:

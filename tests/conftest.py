@@ -1,0 +1,48 @@
+"""What tests share: the repository on sys.path, one thread, a tiny tokenizer, tiny models, a saved folder."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)
+
+import agents  # noqa: E402
+import sft  # noqa: E402
+from model import ModelConfig, Transformer, save_model, train_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of a few hundred ids, learned from some conversations of each role."""
+    records, _ = sft.teach(0, worlds=1)
+    spoken = [sft.pieces(record) for role in sft.ROLES for record in records[role][:60]]
+    parts = [part for prompt, turns in spoken for part in (prompt, *(p for turn in turns for p in turn))]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer(["".join(part) for part in parts], 420, folder, agents.CHAT_TEMPLATE)
+
+
+def build_tiny(vocab=40, heads=4, kv_heads=2, tied=True, dtype=torch.float64, known_ids=None, seed=0):
+    """A random Transformer in which nothing is trivial: biases and norm weights are random too, theta and eps
+    are unusual, and the logits spread over several units."""
+    config = ModelConfig(vocab, 8 * heads, 24, 2, heads, kv_heads, 256, 1e-2, 100.0, tied)
+    model, rng = Transformer(config, known_ids), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=rng)
+        scale = 0.5 if weight.dim() == 1 or "embed" in name or "lm_head" in name else weight.shape[-1] ** -0.5
+        weight.data = scale * noise + float("norm" in name)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def tiny():
+    """A function that builds a tiny random Transformer."""
+    return build_tiny
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A saved model folder; as in Qwen2.5 the embedding has more rows than the tokenizer has ids."""
+    save_model(build_tiny(tokenizer.size + 4, dtype=torch.float32), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
