@@ -129,8 +129,12 @@ def strict_json(text: str) -> object:
     def refuse(constant: str) -> None:
         raise Rejected(f"{constant} is not JSON")
 
+    if text.count("[") + text.count("{") > 200:
+        raise Rejected("too deep")
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is infinity, "\\ud800" no character
+        return value
     except Rejected:
         raise
     except (ValueError, RecursionError):
@@ -197,7 +201,8 @@ def check_schema(schema: object) -> None:
     """Rejected unless it is a closed-world JSON schema of an object (see check_tools)."""
     if not isinstance(schema, dict) or schema.get("type") != "object":
         raise Rejected("schema not of type object")
-    if not isinstance(schema.get("properties"), dict):
+    properties = schema.get("properties")
+    if not isinstance(properties, dict) or not all(isinstance(part, dict) for part in properties.values()):
         raise Rejected("schema without properties")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(r, str) and r in schema["properties"] for r in required):
@@ -209,15 +214,19 @@ def check_schema(schema: object) -> None:
         raise Rejected("unknown type" if error.validator in ("anyOf", "enum") else "bad schema") from None
 
 
-def _check_depth(node: object, depth: int) -> None:
+def _check_depth(node: object, depth: int, names: bool = False) -> None:
+    """names: the keys of this object are names of properties, not keywords."""
     if depth > 2 * MAX_DEPTH:
         raise Rejected("schema too deep")
     if isinstance(node, dict):
         for key in ("$ref", "$dynamicRef", "pattern", "patternProperties"):
-            if key in node:
+            if key in node and not names:
                 raise Rejected(f"schema with {key}")
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _check_depth(child, depth + 1)
+        for key, child in node.items():
+            _check_depth(child, depth + 1, key == "properties" and not names)
+    elif isinstance(node, list):
+        for child in node:
+            _check_depth(child, depth + 1)
 
 
 UTILITIES = {spec["name"]: Tool(**spec) for spec in data.tools.UTILITIES}  # predefined, and run, not simulated
@@ -449,20 +458,23 @@ def call_error(call: Call, tools: dict[str, Tool]) -> str | None:
     """Why a call can't be made, in a line that the agent may learn from; None if it can."""
     if call.name not in tools:
         return "unknown tool"
-    if error := next(tools[call.name].arguments_fit.iter_errors(call.arguments), None):
-        return error.message[:80]
-    return None
+    try:
+        error = next(tools[call.name].arguments_fit.iter_errors(call.arguments), None)
+    except (ArithmeticError, RecursionError):  # a number or a nesting that the schema's arithmetic can't hold
+        return "arguments out of range"
+    return error.message[:80] if error else None
 
 
 def say_once(sampler, prompts: list[list[int]], limit: int, temperature: float, keys: list[tuple]) -> list[str]:
-    """One reply to each prompt, in batches; "" for one that doesn't end within the limit."""
-    replies = []
-    for i in range(0, len(prompts), sampler.capacity):
-        part, traces = prompts[i:i + sampler.capacity], [Trace(key=key) for key in keys[i:i + sampler.capacity]]
+    """One reply to each prompt, in batches; "" where there is no room for one, or it doesn't end within the limit."""
+    replies = [""] * len(prompts)
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) + limit <= sampler.slots]
+    for part in (fit[i:i + sampler.capacity] for i in range(0, len(fit), sampler.capacity)):
         sampler.reset()
-        noise = np.stack([trace.noise(limit) for trace in traces])
-        said = sampler.sample(sampler.open(part), [limit] * len(part), noise, temperature)
-        replies += [sampler.tokenizer.decode(ids[:-1]) if ids[-1] == sampler.tokenizer.end else "" for ids, _ in said]
+        rows = sampler.open([prompts[i] for i in part])
+        noise = np.stack([Trace(key=keys[i]).noise(limit) for i in part])
+        for i, (ids, _) in zip(part, sampler.sample(rows, [limit] * len(part), noise, temperature)):
+            replies[i] = sampler.tokenizer.decode(ids[:-1]) if ids[-1] == sampler.tokenizer.end else ""
     return replies
 
 
@@ -496,7 +508,7 @@ class ToolActor:
                 observation = parse_observation(tool, reply)
                 if observation is not None or attempt == self.TRIES - 1:
                     self.invalid += observation is None
-                    self.memo[key] = observation or {"error": "the tool gave no valid result"}
+                    self.memo[key] = {"error": "the tool gave no valid result"} if observation is None else observation
                     del todo[key]
         answers = [self.memo[key] for key in keys]
         while len(self.memo) > self.MEMORY:
@@ -571,5 +583,5 @@ def parse_tools(text: str) -> tuple[str, list[Tool]]:
         raise Rejected("no think, kind and tools")
     if match[1].strip() not in KINDS:
         raise Rejected("unknown kind")
-    lines = [line for line in match[2].splitlines() if line.strip()]
+    lines = [line for line in match[2].split("\n") if line.strip()]
     return match[1].strip(), check_tools([strict_json(line) for line in lines])

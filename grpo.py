@@ -31,7 +31,7 @@ from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Tr
 from data.score import exact_match, f1, normalize
 from data.world import HELD_OUT, Question, World, make_questions, make_world
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
-from sft import (Run, command_line, half_precision, make_optimizers, option, optimizer_step, pad, pick_device,
+from sft import (Run, at_least, command_line, half_precision, make_optimizers, option, optimizer_step, pad, pick_device,
                  positive, run_main, set_up)
 
 
@@ -67,10 +67,9 @@ class GRPOConfig:
     def __post_init__(self):
         positive(self, "steps", "questions", "epochs", "minibatches", "lr", "clip_norm", "clip_low", "clip_high",
                  "temperature", "max_turns", "turn_tokens", "trace_tokens", "eval_every", "w_consistency")
-        if self.group < 2:
-            raise InputError(f"group: a baseline needs at least 2 traces, found {self.group}")
-        if not 0 <= self.partial <= 1 or self.beta < 0:
-            raise InputError(f"partial, beta: expected 0 to 1 and at least 0, found {self.partial}, {self.beta}")
+        at_least(self, group=2, beta=0, threads=0, partial=0)  # a group of one has no baseline
+        if self.loss not in ("grpo", "dapo", "dr_grpo", "gspo"):
+            raise InputError(f"loss: expected grpo, dapo, dr_grpo or gspo, found {self.loss!r}")
         if not self.w_answer * (1 - self.partial) > self.w_consistency * (1 - 1 / len(PARTS)):
             raise InputError(f"w_answer: {self.w_answer} is too small beside w_consistency {self.w_consistency}: a wrong "
                              "answer could outrank a right one; w_answer · (1 - partial) > w_consistency · "
@@ -147,7 +146,7 @@ def reward_economy(trace: Trace) -> float | None:
     return sum(used) / len(used) if used else None
 
 
-PARTS = {"grammar": reward_grammar, "calls": reward_calls, "arguments": reward_arguments,
+PARTS = {"grammar": reward_grammar, "valid": reward_calls, "arguments": reward_arguments,
          "support": reward_support, "economy": reward_economy}
 
 

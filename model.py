@@ -307,7 +307,7 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
         self.cache = KVCache(model, rows, slots)
         self.stop = torch.tensor(sorted(tokenizer.stop_ids), device=model.device)
-        self.capacity = rows
+        self.capacity, self.slots = rows, slots
         self.reset()
 
     def reset(self) -> None:
@@ -351,7 +351,7 @@ class Sampler:
         """Let each conversation speak until a stop id or its limit -> (ids, log-probabilities) of each.
 
         uniforms (B, most new ids) are the random numbers that it draws with; temperature 0 needs none of them."""
-        device, B, most, slots = self.model.device, len(conversations), max(limits), self.cache.k.shape[3]
+        device, B, most, slots = self.model.device, len(conversations), max(limits), self.slots
         for c, limit in zip(conversations, limits):
             need = self.filled[c] + len(self.pending[c]) + limit - 1
             assert limit > 0 and need <= slots, f"limit {limit}: KV cache of {slots} slots, {need} needed"

@@ -63,6 +63,7 @@ class SFTConfig:
     def __post_init__(self):
         positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece", "piece_steps", "lr", "clip_norm", "eval_every", "width",
                  "layers", "heads", "kv_heads", "mlp")
+        at_least(self, threads=0, weight_decay=0, matrix_lr=0, warmup=0, piece=2, continued_steps=1, vocab=300)
         if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
             raise InputError(f"heads: width {self.width}, {self.heads} heads and {self.kv_heads} kv-heads don't divide evenly")
 
@@ -75,6 +76,13 @@ def positive(config, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise InputError(f"{name}: expected a number above 0, found {getattr(config, name)!r}")
+
+
+def at_least(config, **bounds: float) -> None:
+    """InputError for the first named field below its bound."""
+    for name, bound in bounds.items():
+        if not getattr(config, name) >= bound:
+            raise InputError(f"{name}: expected at least {bound}, found {getattr(config, name)!r}")
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:

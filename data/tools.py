@@ -1,6 +1,7 @@
 """What answers calls without a model: utility tools, which are run; the real backend; two controls."""
 import ast
 import json
+import math
 import operator
 import zlib
 from datetime import date
@@ -28,7 +29,8 @@ def calculator(expression: str) -> dict:
     try:
         if len(expression) > 200:
             return {"error": "expression too long"}
-        return {"result": value(ast.parse(expression.strip(), mode="eval").body)}
+        result = value(ast.parse(expression.strip(), mode="eval").body)
+        return {"result": result} if math.isfinite(result) else {"error": "no finite result"}
     except (ZeroDivisionError, OverflowError):
         return {"error": "no finite result"}
     except (ValueError, SyntaxError, RecursionError, MemoryError):

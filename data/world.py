@@ -78,7 +78,7 @@ class World:
     def real(self, name: str, arguments: dict) -> dict:
         """The real tool: the fact, under its relation's name, or an error."""
         subject = next(iter(arguments.values()), None)
-        if name not in RELATIONS or (name, subject) not in self.facts:
+        if name not in RELATIONS or not isinstance(subject, str) or (name, subject) not in self.facts:
             return unknown(name)
         return {name: self.facts[name, subject]}
 
@@ -164,7 +164,7 @@ def make_questions(world: World, each: int = 50) -> list[Question]:
     held_out = []
     for name, parts in recipe.items():
         for pool, n in parts:
-            held_out += _take(pools[pool], n, name, most, limit=max(1, each * len(recipe) // 25))
+            held_out += _take(pools[pool], n, most, limit=max(1, each * len(recipe) // 25), name=name, first=len(held_out))
     del pools["unseen"]
     return _training(pools, held_out) + held_out
 
@@ -204,7 +204,7 @@ def _parts(chain: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [chain[i:j] for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)]
 
 
-def _take(pool: list[Question], n: int, name: str, most: Counter, limit: int) -> list[Question]:
+def _take(pool: list[Question], n: int, most: Counter, limit: int, name: str, first: int) -> list[Question]:
     """Move n questions out of a pool; no answer stands in more than `limit` held-out questions in all."""
     taken = []
     for question in list(pool):
@@ -213,7 +213,7 @@ def _take(pool: list[Question], n: int, name: str, most: Counter, limit: int) ->
         if most[question.golds[0]] < limit:
             most[question.golds[0]] += 1
             pool.remove(question)
-            taken.append(_numbered(question, name, len(taken)))
+            taken.append(_numbered(question, name, first + len(taken)))
     return taken
 
 

@@ -15,7 +15,7 @@ import grpo
 from agents import Trace
 from grpo import GRPOConfig, advantages, policy_loss, token_weights, update
 from model import InputError, ModelConfig, Sampler, Transformer
-from sft import make_optimizer, pad
+from sft import make_optimizers, pad
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 VOCAB = 40
@@ -525,10 +525,17 @@ def flat(parameters):
     return torch.cat([p.detach().flatten().double() for p in parameters])
 
 
-def gradient_of_update(model, traces, advantage, cfg, reference=None):
+def descent(model, rate=1.0):
+    """Plain gradient descent in the form that update() takes its optimizers."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer.param_groups[0]["peak"] = rate
+    return [optimizer]
+
+
+def gradient_of_update(model, traces, advantage, cfg, reference=None, share=1.0):
     """What update() takes from a copy of the model by gradient descent at rate 1: the gradient itself."""
     moved = copy.deepcopy(model)
-    log = update(moved, reference, torch.optim.SGD(moved.parameters()), traces, tensor(advantage), cfg, 1.0)
+    log = update(moved, reference, descent(moved), traces, tensor(advantage), cfg, share)
     return flat(model.parameters()) - flat(moved.parameters()), log
 
 
@@ -575,6 +582,17 @@ def test_update_scores_at_the_temperature():
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-12)
 
 
+def test_step_and_clip_of_the_gradient():
+    """A share of the learning rate is that share of the step; a gradient longer than clip_norm is cut to it."""
+    model, traces = tiny_model(), made_traces()
+    whole, log = gradient_of_update(model, traces, ADVANTAGE, config())
+    part, _ = gradient_of_update(model, traces, ADVANTAGE, config(), share=0.25)
+    short, log_short = gradient_of_update(model, traces, ADVANTAGE, config(clip_norm=0.01))
+    assert torch.allclose(part, 0.25 * whole, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(short, whole * 0.01 / whole.norm(), rtol=1e-3, atol=1e-9)
+    assert log_short["grad_norm"] == log["grad_norm"] > 0.01
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_flat_groups_count_in_the_normaliser(loss):
     """Traces of advantage 0 bring no gradient, but they are part of the step's N and of its tokens."""
@@ -599,9 +617,10 @@ def test_truncated_traces_leave_loss_and_normaliser(loss):
     assert torch.allclose(got, gradient_row_by_row(model, traces, ADVANTAGE, loss, 10), rtol=1e-5, atol=1e-12)
 
 
-def state(model, optimizer):
+def state(model, optimizers):
     """All that a step could change."""
-    numbers = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+    entries = [entry for optimizer in optimizers for entry in optimizer.state_dict()["state"].values()]
+    numbers = [value for entry in entries for value in entry.values()]
     return [flat(model.parameters()), *(torch.as_tensor(n).clone() for n in numbers)]
 
 
@@ -610,21 +629,21 @@ def state(model, optimizer):
 @pytest.mark.parametrize("what", ["all truncated", "all truncated, beta", "all flat"])
 def test_a_step_with_nothing_to_learn_is_no_step(what, more, single_precision):
     model, reference = tiny_model(), tiny_model(1)
-    optimizer = make_optimizer(model, 0.1)
-    update(model, None, optimizer, made_traces(), tensor(ADVANTAGE), config(), 1e-3)  # now there is momentum
-    before = state(model, optimizer)
+    optimizers = make_optimizers(model, 1e-3, weight_decay=0.1, matrix_lr=1e-3)
+    update(model, None, optimizers, made_traces(), tensor(ADVANTAGE), config(), 1.0)  # now there is momentum
+    before = state(model, optimizers)
     assert len(before) > 10
     status, advantage = ("answered", [0.0] * 8) if what == "all flat" else ("truncated", ADVANTAGE)
     cfg = config(mask_overlong=True, beta=0.1 if "beta" in what else 0.0, **more)
-    log = update(model, reference, optimizer, made_traces(1, status), tensor(advantage), cfg, 1e-3)
+    log = update(model, reference, optimizers, made_traces(1, status), tensor(advantage), cfg, 1.0)
     assert log["updates"] == 0 and log["grad_norm"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizer), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizers), strict=True))
 
 
 def test_more_minibatches_than_traces(single_precision):
     """A minibatch without a trace is no step, and no error."""
     model, traces, cfg = tiny_model(), made_traces()[:2], config(minibatches=3)
-    log = update(model, None, make_optimizer(model, 0.0), traces, tensor([1.0, -1.0]), cfg, 1e-3)
+    log = update(model, None, descent(model), traces, tensor([1.0, -1.0]), cfg, 1.0)
     assert log["updates"] == 2
 
 
@@ -720,7 +739,7 @@ def state_gradients(model, traces, advantage, cfg):
 
     model.head = watched
     handle = model.register_forward_hook(lambda module, args, out: out.retain_grad() or states.append(out))
-    update(model, None, torch.optim.SGD(model.parameters()), traces, tensor(advantage), cfg, 0.0)
+    update(model, None, descent(model), traces, tensor(advantage), cfg, 0.0)
     handle.remove()
     del model.head
     assert len(states) == len(logits) == 1
@@ -812,7 +831,7 @@ def test_the_sampler_sees_the_weights_of_the_last_step(single_precision):
         return [ids for ids, _ in sampler.sample(sampler.open(PROMPTS), [12] * len(PROMPTS), noise, 0.0)]
 
     before = greedy()
-    update(model, None, torch.optim.SGD(model.parameters()), made_traces(), tensor(ADVANTAGE), config(), 3.0)
+    update(model, None, descent(model, rate=3.0), made_traces(), tensor(ADVANTAGE), config(), 1.0)
     after = greedy()
     assert before != after
     for prompt, said in zip(PROMPTS, after):

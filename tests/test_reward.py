@@ -13,7 +13,7 @@ from agents import UTILITIES, Trace, check_tools, parse_turn, run_calls
 from grpo import GRPOConfig, reward, reward_arguments, reward_calls, reward_economy, reward_support
 
 QUESTION = "In which country was Ada Bo born, in 1815?"
-PARTS = ("grammar", "calls", "arguments", "support", "economy")
+PARTS = ("grammar", "valid", "arguments", "support", "economy")
 
 
 def spec(name, returns, required=(), **properties):
@@ -83,7 +83,7 @@ def score(texts, observations=(), golds=("Dumo",), config=GRPOConfig()):
 
 # -------------------------------------------------------------------------------------- parts by hand
 
-# what is said, what is observed -> calls, arguments, support, economy
+# what is said, what is observed -> valid calls, arguments, support, economy
 BY_HAND = {
     "all of use": (HONEST, TOLD, (1, 1, 1, 1)),
     "no call": ([answer("Dumo")], [], (None, None, 0, None)),
@@ -287,7 +287,7 @@ def random_trace(rng):
     return play(texts, observations + [{}] * 20), gold
 
 
-CORNERS = {"calls": (None, 1, 1 / 2, 1 / 10), "arguments": (None, 0, 1, 1 / 2), "support": (0, 1),
+CORNERS = {"valid": (None, 1, 1 / 2, 1 / 10), "arguments": (None, 0, 1, 1 / 2), "support": (0, 1),
            "economy": (None, 0, 1, 1 / 2), "consistency": (1, (1 + 1 / 10) / 5)}
 
 

@@ -198,7 +198,8 @@ def test_cut_leaves_its_input_alone():
 
 def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     """Pieces of 8 tokens, then 32, then nothing is cut: in the end all batches are of whole conversations."""
-    data = {role: [made_up(10 * n, [0] * (10 * n - 6) + [1] * 6, 1000 * n) for n in range(2, 10)]
+    ends = [1, 1, 0, 1, 1, 1]
+    data = {role: [made_up(10 * n, [0] * (10 * n - 6) + ends, 1000 * n) for n in range(2, 10)]
             for role in sft.ROLES}
     batches = []
     monkeypatch.setattr(sft, "train_step", lambda _, parts, device: batches.append(parts) or ([0.0] * 3, 1))
@@ -234,33 +235,71 @@ def test_batches_bring_every_trace_once_an_epoch(number, tokens):
 def test_batches_hold_neighbours_in_length():
     rng = random.Random(0)
     traces = [made_up(rng.randint(2, 100)) for _ in range(256)]
-    stream, real, padded = sft.batches(traces, 800, rng), 0, 0
+    stream, real, padded, longest = sft.batches(traces, 800, rng), 0, 0, []
     while real < sum(len(t.ids) for t in traces):
         batch = next(stream)
+        longest.append(max(len(t.ids) for t in batch))
         real += sum(len(t.ids) for t in batch)
-        padded += len(batch) * max(len(t.ids) for t in batch)
+        padded += len(batch) * longest[-1]
     assert real / padded > 0.8
+    rises = sum(b > a for a, b in zip(longest, longest[1:])) / (len(longest) - 1)
+    assert 0.3 < rises < 0.7, "the batches themselves come in no order of length"
 
 
 # ------------------------------------------------------------------------------------ schedule, padding
 
 
-@pytest.mark.parametrize("step, rate", [(0, 0.2), (4, 1.0), (9, 2.0), (10, 2.0), (35, 1.7217514), (60, 1.05),
-                                        (85, 0.3782486), (110, 0.1)])
-def test_learning_rate_by_hand(step, rate):
-    """Peak 2, ten steps of warm-up, 110 in all: 2 (0.05 + 0.95 (1 + cos(pi (step - 10) / 100)) / 2)."""
-    assert sft.learning_rate(step, 110, 2.0, 10) == pytest.approx(rate, abs=1e-7)
+@pytest.mark.parametrize("step, share", [
+    (0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (35, 0.8608757), (60, 0.525), (85, 0.1891243), (110, 0.05)])
+def test_schedule_by_hand(step, share):
+    """Ten steps of warm-up, 110 in all: 0.05 + 0.95 (1 + cos(pi (step - 10) / 100)) / 2."""
+    assert sft.schedule(step, 110, 10) == pytest.approx(share, abs=1e-7)
 
 
-def test_learning_rate_without_warm_up_and_with_too_much():
-    assert sft.learning_rate(0, 10, 3.0, 0) == 3.0 and sft.learning_rate(10, 10, 3.0, 0, 0.5) == 1.5
-    assert [sft.learning_rate(step, 2, 1.0, 4) for step in range(2)] == [0.25, 0.5]
+def test_schedule_without_warm_up_and_with_too_much():
+    assert sft.schedule(0, 10, 0) == 1.0 and sft.schedule(10, 10, 0, 0.5) == 0.5
+    assert [sft.schedule(step, 2, 4) for step in range(2)] == [0.25, 0.5]
 
 
-def test_learning_rate_never_rises_after_the_peak():
-    rates = [sft.learning_rate(step, 200, 1.0, 20) for step in range(200)]
-    assert rates[:20] == sorted(rates[:20]) and rates[19:] == sorted(rates[19:], reverse=True)
-    assert max(rates) == 1.0 and min(rates[20:]) >= 0.05
+def test_schedule_never_rises_after_the_peak():
+    shares = [sft.schedule(step, 200, 20) for step in range(200)]
+    assert shares[:20] == sorted(shares[:20]) and shares[19:] == sorted(shares[19:], reverse=True)
+    assert max(shares) == 1.0 and min(shares[20:]) >= 0.05
+
+
+@pytest.mark.parametrize("matrix_lr", [0.0, 0.02])
+def test_optimizers_hold_every_weight_once(matrix_lr, tiny):
+    """Decay on matrices alone; with a matrix_lr those inside the blocks are somebody else's than AdamW's."""
+    model = tiny(dtype=torch.float32)
+    optimizers = sft.make_optimizers(model, 1e-3, 0.1, matrix_lr)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    seen = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                assert names[id(weight)] not in seen
+                assert group["weight_decay"] == (0.1 if weight.dim() == 2 else 0.0)
+                seen[names[id(weight)]] = group["lr"]
+    assert set(seen) == set(names.values())
+    for name, rate in seen.items():
+        inside = matrix_lr and ".layers." in name and "proj.weight" in name
+        assert rate == (matrix_lr if inside else 1e-3)
+
+
+def test_optimizer_step_clips_steps_and_forgets():
+    """The norm before clipping comes back; AdamW's first step is lr · sign(gradient), whatever the clip."""
+    layer = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    layer.weight.data = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    (layer.weight * torch.tensor([[3.0, -4.0]])).sum().backward()
+    clipped = []
+    optimizers = sft.make_optimizers(layer, 0.5, 0.0)
+    optimizers[0].register_step_pre_hook(lambda *_: clipped.extend(layer.weight.grad.flatten().tolist()))
+    assert sft.optimizer_step(layer, optimizers, 0.1, 1.0) == pytest.approx(5.0)
+    assert clipped == pytest.approx([0.6, -0.8], abs=1e-5) and layer.weight.grad is None
+    assert layer.weight.tolist()[0] == pytest.approx([0.95, 2.05], abs=1e-6)
+    layer.weight.sum().backward()
+    sft.optimizer_step(layer, optimizers, 0.2, 1.0)
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)  # a share of the peak, not of what was
 
 
 def test_pad_puts_the_padding_on_the_right():
@@ -390,7 +429,7 @@ WRONG = [(SFTConfig, name, value) for name, values in {
     "steps": (0, -1), "lr": (0.0, -1e-3, math.nan), "clip_norm": (0.0,), "eval_every": (0,), "width": (0,),
     "layers": (0,), "heads": (0, 5), "kv_heads": (0,), "mlp": (0,), "piece": (0, 1), "piece_steps": (0,),
     "agent_tokens": (0,), "maker_tokens": (0,), "actor_tokens": (0,), "vocab": (0, 100), "threads": (-1,),
-    "weight_decay": (-1.0,)}.items() for value in values]
+    "weight_decay": (-1.0,), "matrix_lr": (-0.02,)}.items() for value in values]
 WRONG += [(GRPOConfig, name, value) for name, values in {
     "steps": (0, -1), "questions": (0,), "group": (1, 0, -3), "epochs": (0,), "minibatches": (0,),
     "lr": (0.0, math.nan), "clip_norm": (0.0,), "loss": ("ppo", ""), "clip_low": (0.0, -0.2),
