@@ -16,7 +16,9 @@ sequence: GSPO (Zheng et al. 2025). Where we depart from them:
 
 Shapes: B traces, T tokens, G group. R = w_answer · answer + w_consistency · consistency, all in [0, 1].
 """
+import json
 import random
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -98,55 +100,86 @@ def told(calls: list[Call]) -> list:
     return [leaf for call in calls if call.succeeded for leaf in leaves(call.observation)]
 
 
+def words(*values: object) -> set[str]:
+    """The normalised words of some values."""
+    return set(normalize(" ".join(map(str, values))).split())
+
+
+def own_words(call: Call) -> set[str]:
+    """All that a call itself brought along, names of arguments included."""
+    return words(*leaves(call.arguments), *re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False)))
+
+
+def groundings(trace: Trace) -> list[tuple[Call, list[bool]]]:
+    """Each call, and for each of its arguments whether it stands in the question or in an observation of an earlier
+    turn; enums exempt, an expression is grounded if its numbers are."""
+    out, earlier = [], []
+    parameters = {tool.name: tool.parameters["properties"] for tool in trace.tools}
+    for turn in trace.turns:
+        sources = [trace.question, *told(earlier)]
+
+        def stands(leaf: object) -> bool:
+            numerals = re.findall(r"\d+(?:\.\d+)?", str(leaf)) if not re.search(r"[^\W\d_]", str(leaf)) else []
+            return any(holds(s, leaf) for s in sources) or bool(numerals) and all(
+                any(holds(s, n) for s in sources) for n in numerals)
+
+        for call in turn.calls:
+            free = {k: v for k, v in call.arguments.items() if "enum" not in parameters.get(call.name, {}).get(k, {})}
+            out.append((call, [stands(leaf) for leaf in leaves(free)]))
+        earlier += turn.calls
+    return out
+
+
 def reward_grammar(trace: Trace) -> float:
     """1: a trace that breaks the grammar never gets here."""
     return 1.0
 
 
-def reward_calls(trace: Trace) -> float | None:
+def reward_valid(trace: Trace) -> float | None:
     """1 / (1 + number of calls that were not JSON, named no tool or whose arguments don't fit)."""
     return 1 / (1 + sum(call.error is not None for call in trace.calls)) if trace.calls else None
 
 
 def reward_arguments(trace: Trace) -> float | None:
-    """Share of the arguments that stand in the question or in an earlier successful observation; enums exempt."""
-    grounded, earlier = [], []
-    parameters = {tool.name: tool.parameters["properties"] for tool in trace.tools}
-    for turn in trace.turns:
-        for call in turn.calls:
-            free = {k: v for k, v in call.arguments.items() if "enum" not in parameters.get(call.name, {}).get(k, {})}
-            sources = [trace.question, *told(earlier)]
-            grounded += [any(holds(source, leaf) for source in sources) for leaf in leaves(free)]
-        earlier += turn.calls
+    """Share of the arguments that are grounded."""
+    grounded = [ok for _, oks in groundings(trace) for ok in oks]
     return sum(grounded) / len(grounded) if grounded else None
 
 
 def reward_support(trace: Trace) -> float:
-    """1 if a successful observation holds the answer and the call's own arguments don't, or if the answer is
-    what a utility tool computed."""
-    for call in trace.calls:
-        results = told([call])
-        if call.name in UTILITIES and any(normalize(str(r)) == normalize(trace.answer) != "" for r in results):
-            return 1.0
-        if any(holds(r, trace.answer) for r in results) and not any(holds(a, trace.answer) for a in leaves(call.arguments)):
+    """1 if a successful observation holds the answer and its call didn't bring all words of it along, or if the
+    answer is what a utility tool computed from grounded arguments."""
+    want = normalize(trace.answer)
+    for call, grounded in groundings(trace):
+        if call.name in UTILITIES:
+            if all(grounded) and any(normalize(str(result)) == want != "" for result in told([call])):
+                return 1.0
+        elif any(holds(result, want) for result in told([call])) and not words(want) <= own_words(call):
             return 1.0
     return 0.0
 
 
 def reward_economy(trace: Trace) -> float | None:
-    """Share of the calls that were of use: a value they brought stands in a later call's arguments or in the
-    answer. A call made twice is of no use the second time."""
-    used, seen = [], []
-    for i, turn in enumerate(trace.turns):
-        later = [leaf for t in trace.turns[i + 1:] for c in t.calls for leaf in leaves(c.arguments)] + [trace.answer]
+    """Share of the calls that were of use: a value that they brought, and weren't given, stands in the arguments of
+    a later call or in the answer. A call made twice is of no use the second time, nor does it make others so."""
+    first, seen = [], []
+    for turn in trace.turns:
+        first.append([])
         for call in turn.calls:
-            new = (call.name, call.arguments) not in seen
-            used.append(new and any(holds(text, leaf) for leaf in told([call]) for text in later))
-            seen.append((call.name, call.arguments))
-    return sum(used) / len(used) if used else None
+            if (call.name, call.arguments) not in seen:
+                first[-1].append(call)
+                seen.append((call.name, call.arguments))
+    computed = {id(call) for call, oks in groundings(trace) if call.name in UTILITIES and all(oks)}
+    useful = 0
+    for i, calls in enumerate(first):
+        later = [leaf for part in first[i + 1:] for call in part for leaf in leaves(call.arguments)] + [trace.answer]
+        for call in calls:
+            new = [v for v in told([call]) if id(call) in computed or not words(v) <= own_words(call)]
+            useful += any(holds(text, value) for value in new for text in later)
+    return useful / len(trace.calls) if trace.calls else None
 
 
-PARTS = {"grammar": reward_grammar, "valid": reward_calls, "arguments": reward_arguments,
+PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_arguments,
          "support": reward_support, "economy": reward_economy}
 
 
@@ -181,11 +214,11 @@ def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
 def token_weights(mask: Tensor, loss: str, most_tokens: int) -> Tensor:
     """mask (B, T) of a whole step's loss tokens -> the weight w_it (B, T) of each in the sum. Made before the step
     is cut into micro-batches, so that the cut changes nothing."""
-    rows, lengths = len(mask), mask.sum(1, keepdim=True).clamp(min=1)
-    weight = {"grpo": 1 / (rows * lengths), "gspo": 1 / (rows * lengths),     # mean over traces of the mean over tokens
-              "dapo": 1 / mask.sum().clamp(min=1),                            # mean over all tokens
-              "dr_grpo": torch.tensor(1 / (rows * most_tokens))}[loss]        # sum over a constant
-    return mask * weight
+    if loss == "dapo":  # mean over all tokens
+        return mask / mask.sum().clamp(min=1)
+    if loss == "dr_grpo":  # sum over a constant
+        return mask / (max(1, len(mask)) * most_tokens)
+    return mask / (max(1, len(mask)) * mask.sum(1, keepdim=True).clamp(min=1))  # mean over traces of mean over tokens
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, mask: Tensor,
@@ -271,7 +304,7 @@ def evaluate(stage: Stage, model: Transformer, questions: list[Question], backen
 
 def micro_batches(traces: list[Trace], tokens: int) -> list[list[int]]:
     """Row numbers of the traces, neighbours in length together, at most `tokens` padded tokens a batch."""
-    batches: list[list[int]] = [[]]
+    batches: list[list[int]] = [[]] if traces else []
     for i in sorted(range(len(traces)), key=lambda i: len(traces[i].ids)):
         if batches[-1] and len(traces[i].ids) * (len(batches[-1]) + 1) > tokens:
             batches.append([])
@@ -312,7 +345,7 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
         for rows in np.array_split(np.array(order, dtype=int), config.minibatches):
             weights = token_weights(full[rows], config.loss, config.trace_tokens)     # over all, flat groups too
             rows = [(n, int(i)) for n, i in enumerate(rows) if i in learn]
-            for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens) if rows else []:
+            for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens):
                 lines, part = zip(*(rows[j] for j in part))
                 lines, part = list(lines), list(part)
                 logprobs, entropy, mask = score(model, [traces[i] for i in part], config)
@@ -321,16 +354,19 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
                 loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
                                           advantage[part].to(device), mask, weights[lines, :T].to(device), config)
                 loss.backward()
-                sampled = pad_logprobs([traces[i] for i in part]).to(device)
-                gap = ((sampled - logprobs.detach()) * mask).abs()
-                gap_max = max(gap_max, float(gap.max()))
-                stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "gap_mean": gap.sum(), "tokens": mask.sum()}
+                stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
+                if not norms:  # the policy is still the one that sampled
+                    sampled = pad_logprobs([traces[i] for i in part]).to(device)
+                    gap = ((sampled - logprobs.detach()) * mask).abs()
+                    gap_max = max(gap_max, float(gap.max()))
+                    stats |= {"gap": gap.sum(), "gap_tokens": mask.sum()}
                 for name, value in stats.items():
                     sums[name] += float(value)
             if rows:  # else there is nothing to learn: no step, not even of momentum
                 norms.append(optimizer_step(model, optimizers, share, config.clip_norm))
     tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
-    return {**{k: v / tokens for k, v in sums.items()}, "gap_max": gap_max, "updates": len(norms),
+    gap_mean = sums.pop("gap", 0.0) / max(1.0, sums.pop("gap_tokens", 0.0))
+    return {**{k: v / tokens for k, v in sums.items()}, "gap_mean": gap_mean, "gap_max": gap_max, "updates": len(norms),
             "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss}
 
 

@@ -547,12 +547,12 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", 
 def train_tokenizer(texts: list[str], size: int, folder: Path, chat_template: str) -> Tokenizer:
     """A byte-level BPE with Qwen2.5's pre-split and control tokens, learned from texts, written to folder.
 
-    One departure: a space before a capital stands alone, so that a name is the same token in prose and in JSON, and
-    to copy it is to repeat it. Over 151,643 ids and trillions of tokens Qwen2.5 can afford to learn each twice."""
+    Two departures: a space before a capital stands alone, so that a name is the same token in prose and in JSON, and
+    two digits stand together: to copy a name or a number is to repeat one token. Qwen2.5 can afford to learn more."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?!\s\p{Lu})[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?!\s\p{Lu})[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -40,7 +40,7 @@ class SFTConfig:
     out: str = option("run", "run folder; this stage writes its part to OUT/sft")
     seed: int = option(0, "world, teacher, weights and batches all follow from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    steps: int = option(700, "optimizer steps")
+    steps: int = option(800, "optimizer steps")
     agent_tokens: int = option(2600, "tokens a step of AutoAgent's conversations, padding included")
     maker_tokens: int = option(1300, "of ToolMaker's")
     actor_tokens: int = option(1100, "of ToolActor's")
@@ -377,7 +377,7 @@ def prepare(config: SFTConfig) -> tuple[dict[str, list[dict]], dict[str, list[di
     records, valid = teach(config.seed)
     texts = ["".join(part) for role in ROLES for record in records[role][:1500] for prompt, turns in [pieces(record)]
              for part in (prompt, *(p for turn in turns for p in turn))]
-    texts += [f' {name}' for names in make_world(config.seed).names.values() for name in names] * 20
+    texts += [f' {name}' for names in make_world(config.seed).names.values() for name in names] * 20 + [f" {n}" for n in range(10, 100)] * 20
     return records, valid, texts
 
 

@@ -15,10 +15,10 @@ RELATIONS = {
     "father": ("person", "person", "The father of a person."),
     "teacher": ("person", "person", "The person who taught a person."),
     "home": ("person", "city", "The city where a person lives."),
-    "birth_year": ("person", "year", "The year when a person was born."),
+    "age": ("person", "number", "The age of a person in years."),
     "headquarters": ("company", "city", "The city where a company sits."),
     "founder": ("company", "person", "The person who founded a company."),
-    "founding_year": ("company", "year", "The year when a company was founded."),
+    "staff": ("company", "number", "The number of people in a company."),
     "country": ("city", "country", "The country where a city lies."),
     "mayor": ("city", "person", "The mayor of a city."),
     "capital": ("country", "city", "The capital of a country."),
@@ -108,14 +108,14 @@ def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[s
         facts["home", person] = rng.choice(names["city"])
         facts["employer", person] = rng.choice(names["company"])
         facts["spouse", person] = people[i ^ 1]
-        facts["birth_year", person] = 1850 + 30 * (i // 8) + rng.randrange(18)
+        facts["age", person] = 80 - 18 * (i // 8) + rng.randrange(18)
         if i >= 8:  # of the eldest nothing is known before themselves
             elders = people[(i // 8 - 1) * 8:i // 8 * 8]
             facts["father", person], facts["teacher", person] = rng.choice(elders), rng.choice(elders)
     for company in names["company"]:
         facts["headquarters", company] = rng.choice(names["city"])
         facts["founder", company] = rng.choice(people)
-        facts["founding_year", company] = rng.randrange(1880, 1990)
+        facts["staff", company] = rng.randrange(10, 100)
     for i, city in enumerate(rng.sample(names["city"], SIZES["city"])):
         country = names["country"][i % SIZES["country"]]
         facts["country", city] = country
@@ -139,7 +139,7 @@ def _name(rng: random.Random, used: set[str]) -> str:
 def tool_for(relation: str) -> dict:
     """The tool that looks a relation up, as the ToolMaker should write it."""
     subject, value, description = RELATIONS[relation]
-    value_type = "integer" if value == "year" else "string"
+    value_type = "integer" if value == "number" else "string"
     return {"name": relation, "description": description,
             "parameters": {"type": "object", "properties": {subject: {"type": "string"}}, "required": [subject]},
             "returns": {"type": "object", "properties": {relation: {"type": value_type}}, "required": [relation]}}
@@ -150,7 +150,7 @@ def tool_for(relation: str) -> dict:
 
 def make_questions(world: World, each: int = 50) -> list[Question]:
     """Training questions and `each` questions in each held-out set. No held-out chain of entities is a part
-    of a training question's chain, and the pairs of relations in the bamboogle set are in no training question."""
+    of a training question's chain, and the paths of relations in the bamboogle set are in no training question."""
     rng = random.Random(f"questions {world.seed}")
     paths, unseen = _choose_paths(rng)
     pools = _pools(world, paths, rng) | {"unseen": _compositions(world, unseen)}
@@ -177,16 +177,14 @@ def imagined_questions(world: World, number: int, held_out: list[Question]) -> t
 
 
 def _choose_paths(rng: random.Random) -> tuple[dict[int, list[tuple[str, ...]]], list[tuple[str, ...]]]:
-    """Paths of relations by number of hops, and four pairs of relations that stand in none of them."""
+    """Paths of relations by number of hops; and twelve paths of three hops that are no part of any of those."""
     pairs = [(a, b) for a in RELATIONS for b in RELATIONS if RELATIONS[a][1] == RELATIONS[b][0]
              and (a, b) not in SILLY]
-    known = {pair for path in INFERENCE.values() for pair in zip(path, path[1:])}
-    unseen = rng.sample([p for p in pairs if p not in known and p[1] != "country"], 4)
-    paths = {2: [p for p in pairs if p not in unseen]}
-    for hops in (3, 4):
-        longer = [(*path, b) for path in paths[hops - 1] for a, b in paths[2] if path[-1] == a]
-        paths[hops] = rng.sample(longer, 40)
-    return paths, unseen
+    threes = [(a, b, c) for a, b in pairs for x, c in pairs if x == b and (a, b, c) not in INFERENCE.values()]
+    rng.shuffle(threes)
+    unseen, three = threes[:12], threes[12:52]
+    fours = [(*path, b) for path in three for a, b in pairs if path[-1] == a and (*path[1:], b) not in unseen]
+    return {2: pairs, 3: three, 4: rng.sample(fours, 40)}, unseen
 
 
 def _pools(world: World, paths: dict[int, list[tuple[str, ...]]], rng: random.Random) -> dict[str, list[Question]]:
@@ -253,19 +251,20 @@ def _inferences(world: World) -> list[Question]:
 
 
 def _comparisons(world: World, rng: random.Random) -> list[Question]:
-    """Who was born, which company was founded, earlier or later; pairs in either order, years never equal."""
+    """Who is older or younger, which company is larger or smaller; pairs in either order, values never equal."""
     made = []
-    for kind, relation, head in (("person", "birth_year", "Who was born"),
-                                 ("company", "founding_year", "Which company was founded")):
+    for kind, relation, head, orders in (("person", "age", "Who is", ("older", "younger")),
+                                         ("company", "staff", "Which company is", ("larger", "smaller"))):
         names = world.names[kind]
         pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]]
         for a, b in rng.sample(pairs, min(len(pairs), 400)):
             a, b = rng.sample((a, b), 2)
-            years = {name: world.facts[relation, name] for name in (a, b)}
-            if years[a] == years[b]:
+            values = {name: world.facts[relation, name] for name in (a, b)}
+            if values[a] == values[b]:
                 continue
-            order, pick = rng.choice((("earlier", min), ("later", max)))
-            made.append(Question("", f"{head} {order}, {a} or {b}?", [pick(years, key=years.get)], "", "comparison",
+            pick = rng.choice((max, min))
+            order = orders[pick is min]
+            made.append(Question("", f"{head} {order}, {a} or {b}?", [pick(values, key=values.get)], "", "comparison",
                                  [(relation, a), (relation, b)], tuple(sorted((a, b)))))
     return made
 
@@ -282,8 +281,8 @@ def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
     """One conversation of AutoAgent as its teacher would lead it; flawed in strategy, never in grammar."""
     record = {"role": "agent", "question": question.text, "kind": question.kind, "tools": tools_for(question)}
     if rng.random() < GUESSES:
-        kind = next(k for k, names in [*world.names.items(), ("year", None)] if not names or question.golds[0] in names)
-        guess = rng.choice(world.names[kind]) if kind != "year" else str(rng.randrange(1850, 1990))
+        kind = next(k for k, names in [*world.names.items(), ("number", None)] if not names or question.golds[0] in names)
+        guess = rng.choice(world.names[kind]) if kind != "number" else str(rng.randrange(10, 100))
         return {**record, "turns": [{"thought": "I guess.", "answer": guess}]}
     lead = _compare if question.kind == "comparison" else _look_up
     turns = lead(world, question, rng, short=rng.random() < STOPS_SHORT)
@@ -313,10 +312,10 @@ def _compare(world: World, question: Question, rng: random.Random, short: bool) 
     turns = [_turn(world, f"I need the {relation.replace('_', ' ')} of {a} and of {b}.", *question.steps)]
     if short:
         return [*turns, {"thought": f"{ENOUGH}: {a}.", "answer": a}]
-    years = [world.facts[relation, a], world.facts[relation, b]]
-    pick = "smallest" if question.golds[0] == (a, b)[years.index(min(years))] else "largest"
-    call = {"name": "compare", "arguments": {"names": [a, b], "values": years, "pick": pick}}
-    turns.append({"thought": f"I pick the {pick} of {years[0]} and {years[1]}.", "calls": [call], "observations": [{"result": question.golds[0]}]})
+    values = [world.facts[relation, a], world.facts[relation, b]]
+    pick = "smallest" if question.golds[0] == (a, b)[values.index(min(values))] else "largest"
+    call = {"name": "compare", "arguments": {"names": [a, b], "values": values, "pick": pick}}
+    turns.append({"thought": f"I pick the {pick} of {values[0]} and {values[1]}.", "calls": [call], "observations": [{"result": question.golds[0]}]})
     return [*turns, {"thought": f"{DONE}: {question.golds[0]}.", "answer": question.golds[0]}]
 
 

@@ -210,13 +210,13 @@ def test_gspo_clips_the_whole_row():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_stands_where_the_mask_is_zero_has_no_part(loss):
-    """Numbers from elsewhere at masked positions change neither loss nor gradient nor statistics."""
+    """Numbers at masked positions, even such as overflow, change neither loss nor gradient nor statistics."""
     g = torch.Generator().manual_seed(1)
     old, reference = -torch.rand(2, 9, generator=g), -torch.rand(2, 9, generator=g)
     logprobs, weights, cfg = old + RATIOS.log(), token_weights(MASK, loss, 10), config(loss, beta=0.1)
     clean = loss_and_gradient(logprobs * MASK, old * MASK, reference * MASK, TWO, MASK, weights, cfg)
-    dirty = loss_and_gradient(torch.where(MASK, logprobs, -30.0), torch.where(MASK, old, 5.0),
-                              torch.where(MASK, reference, -7.0), TWO, MASK, weights, cfg)
+    dirty = loss_and_gradient(torch.where(MASK, logprobs, 1e4), torch.where(MASK, old, -1e4),
+                              torch.where(MASK, reference, 3e4), TWO, MASK, weights, cfg)
     assert clean[0] == dirty[0] and torch.equal(clean[1], dirty[1]) and clean[2] == dirty[2]
 
 
@@ -583,7 +583,7 @@ def test_update_scores_at_the_temperature():
 
 
 def test_step_and_clip_of_the_gradient():
-    """A share of the learning rate is that share of the step; a gradient longer than clip_norm is cut to it."""
+    """A share of the learning rate is that share of the step; a gradient over clip_norm is cut to it."""
     model, traces = tiny_model(), made_traces()
     whole, log = gradient_of_update(model, traces, ADVANTAGE, config())
     part, _ = gradient_of_update(model, traces, ADVANTAGE, config(), share=0.25)
@@ -853,7 +853,7 @@ def test_the_traces_of_a_group_are_not_all_equal(single_precision):
     ("clip_norm", 0.0), ("clip_low", 0.0), ("clip_high", -0.1), ("temperature", 0.0), ("max_turns", 0),
     ("turn_tokens", 0), ("trace_tokens", -1), ("eval_every", 0), ("group", 1), ("group", 0),
     ("partial", -0.1), ("partial", 1.1), ("partial", math.nan), ("beta", -0.01), ("beta", math.nan),
-    ("w_consistency", 0.0), ("w_consistency", -1.0), ("w_answer", math.nan), ("loss", "ppo"),
+    ("w_consistency", 0.0), ("w_consistency", -1.0), ("w_answer", math.nan), ("loss", "ppo"), ("threads", -1),
 ])
 def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(InputError, match=name):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from agents import UTILITIES, Trace, check_tools, parse_turn, run_calls
-from grpo import GRPOConfig, reward, reward_arguments, reward_calls, reward_economy, reward_support
+from agents import UTILITIES, Rejected, Trace, check_tools, parse_turn, run_calls
+from grpo import GRPOConfig, reward, reward_arguments, reward_valid, reward_economy, reward_support
 
 QUESTION = "In which country was Ada Bo born, in 1815?"
 PARTS = ("grammar", "valid", "arguments", "support", "economy")
@@ -136,7 +136,7 @@ def test_parts_by_hand(name):
     texts, observations, expected = BY_HAND[name]
     trace = play(texts, observations)
     assert trace.status == "answered"
-    got = reward_calls(trace), reward_arguments(trace), reward_support(trace), reward_economy(trace)
+    got = reward_valid(trace), reward_arguments(trace), reward_support(trace), reward_economy(trace)
     assert got == pytest.approx(expected)
     applies = [1.0, *(value for value in expected if value is not None)]
     whole = reward(trace, ["no such answer"], GRPOConfig())
@@ -160,7 +160,7 @@ def test_answer_by_hand(said, golds, partial, expected):
 def test_what_a_calculator_makes_of_what_was_told():
     texts = [call("census"), call("calculator", expression="1815 - 12"), answer("1803")]
     trace = play(texts, [{"people": 12}])
-    assert (reward_calls(trace), reward_support(trace), reward_economy(trace)) == (1, 1, 1)
+    assert (reward_valid(trace), reward_support(trace), reward_economy(trace)) == (1, 1, 1)
 
 
 MALFORMED = {
@@ -390,6 +390,8 @@ def test_an_empty_answer_is_never_right(said, gold):
     """The official rule calls "" right where the gold answer is "A"; the reward doesn't."""
     assert score([ADA, answer(said)], [{"city": "a"}], [gold])["answer"] == 0
     assert reward_support(play([ADA, answer(said)], [{"city": "a"}])) == 0
+    computed = call("compare", names=["The"], values=[1], pick="largest")
+    assert reward_support(play([computed, answer(said)])) == 0
 
 
 def test_calling_pays_but_less_than_being_right():
@@ -404,8 +406,12 @@ def test_calling_pays_but_less_than_being_right():
 
 @pytest.mark.parametrize("schema", [True, {}, {"enum": ["x"]}, {"type": ["string", "null"]}], ids=str)
 def test_any_schema_that_is_let_in_can_be_scored(schema):
-    """JSON Schema allows true where a property's schema stands, and so does check_tools."""
-    tools = check_tools([spec("odd", {}, value=schema)])
+    """JSON Schema allows true where a property's schema stands: refuse it, or score what comes of it."""
+    try:
+        tools = check_tools([spec("odd", {}, value=schema)])
+    except Rejected:
+        assert schema is True
+        return
     trace = play([call("odd", value="x"), answer("y")], [{"z": "y"}], tools=tools)
     assert trace.calls[0].error is None
     assert reward(trace, ["y"], GRPOConfig())["support"] == 1
