@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Call, Tool, ToolActor, ToolMaker, Trace
-from data.world import HELD_OUT, imagined_questions, make_questions, make_world, teach_actor, teach_agent, teach_maker
+from data.world import make_world, teach
 from model import (InputError, ModelConfig, Tokenizer, Transformer, load_model, save_model, token_logprobs,
                    train_tokenizer)
 
@@ -259,22 +259,6 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
         trace.say(tokenizer.encode([*said, agents.IM_END]))
         trace.hear(tokenizer.encode(heard))
     return trace
-
-
-def teach(seed: int, worlds: int = 3) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """The teacher's conversations by role: for training, and for the held-out loss.
-
-    The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
-    read observations, not to know them. ToolActor has no held-out ones: what it was never told it can't know."""
-    world, rng = make_world(seed), random.Random(f"teacher {seed}")
-    held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
-    records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
-    for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
-        records["agent"] += [teach_agent(other, q, rng) for q in questions]
-        records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, len(questions) // 2)]
-    valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
-             "maker": [teach_maker(q, rng) for q in held_out[::4]]}
-    return records, valid
 
 
 def cut(traces: list[Trace], tokens: int) -> list[Trace]:

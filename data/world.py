@@ -2,10 +2,12 @@
 
 Everything is invented, so no model can know it from elsewhere: what the ToolActor knows it has learned here,
 and what AutoAgent answers it has been told by a tool."""
+import json
 import random
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # relation: (kind of its subject, kind of its value, what the tool says of itself)
 RELATIONS = {
@@ -156,10 +158,10 @@ def make_questions(world: World, each: int = 50) -> list[Question]:
     pools = _pools(world, paths, rng) | {"unseen": _compositions(world, unseen)}
     for pool in pools.values():
         rng.shuffle(pool)
-    half, third, most = each // 2, each // 3, Counter()
-    recipe = {"hotpot": (("bridge", each - half), ("comparison", half)),
+    third, quarter, fifth, most = each // 3, each // 4, each // 5, Counter()
+    recipe = {"hotpot": (("bridge", each - fifth), ("comparison", fifth)),  # about the benchmarks' own shares
               "musique": (("bridge", third), ("three", third), ("four", each - 2 * third)),
-              "2wiki": (("comparison", third), ("inference", third), ("bridge", each - 2 * third)),
+              "2wiki": (("comparison", quarter), ("inference", quarter), ("bridge", each - 2 * quarter)),
               "bamboogle": (("unseen", each),)}
     held_out = []
     for name, parts in recipe.items():
@@ -309,13 +311,15 @@ def _look_up(world: World, question: Question, rng: random.Random, short: bool) 
 
 def _compare(world: World, question: Question, rng: random.Random, short: bool) -> list[dict]:
     (relation, a), (_, b) = question.steps
-    turns = [_turn(world, f"I need the {relation.replace('_', ' ')} of {a} and of {b}.", *question.steps)]
+    x, y = world.facts[relation, a], world.facts[relation, b]
+    turns = [_turn(world, f"I need the {relation} of {a}.", (relation, a)),
+             _turn(world, f"{a}: {x}. I need the {relation} of {b}.", (relation, b))]
     if short:
         return [*turns, {"thought": f"{ENOUGH}: {a}.", "answer": a}]
-    values = [world.facts[relation, a], world.facts[relation, b]]
-    pick = "smallest" if question.golds[0] == (a, b)[values.index(min(values))] else "largest"
-    call = {"name": "compare", "arguments": {"names": [a, b], "values": values, "pick": pick}}
-    turns.append({"thought": f"I pick the {pick} of {values[0]} and {values[1]}.", "calls": [call], "observations": [{"result": question.golds[0]}]})
+    pick = "smallest" if question.golds[0] == (a if x < y else b) else "largest"
+    call = {"name": "compare", "arguments": {"names": [a, b], "values": [x, y], "pick": pick}}
+    turns.append({"thought": f"{a}: {x}. {b}: {y}. I need the {pick}.", "calls": [call],
+                  "observations": [{"result": question.golds[0]}]})
     return [*turns, {"thought": f"{DONE}: {question.golds[0]}.", "answer": question.golds[0]}]
 
 
@@ -349,3 +353,32 @@ def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
             records.append({"role": "actor", "tool": tool_for(relation),
                             "exchanges": [[arguments, world.real(relation, arguments)] for arguments in part]})
     return records
+
+
+def teach(seed: int, worlds: int = 3) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """The teacher's conversations by role: for training, and for the held-out loss.
+
+    The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
+    read observations, not to know them. ToolActor has no held-out ones: what it was never told it can't know."""
+    world, rng = make_world(seed), random.Random(f"teacher {seed}")
+    held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
+    records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
+    for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
+        records["agent"] += [teach_agent(other, q, rng) for q in questions]
+        records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, len(questions) // 2)]
+    valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
+             "maker": [teach_maker(q, rng) for q in held_out[::4]]}
+    return records, valid
+
+
+def write_sample(folder: Path, each: int = 60) -> None:
+    """A few lines of all this as JSONL, to look at without running anything:
+    python -c "from data.world import *; write_sample(Path('data/sample'))" """
+    records, _ = teach(0)
+    questions = make_questions(make_world(0))
+    chosen = {"questions": [vars(q) for s in ("train", *HELD_OUT) for q in [q for q in questions if q.set == s][:each // 2]],
+              **{role: part[::max(1, len(part) // each)][:each] for role, part in records.items()}}
+    folder.mkdir(exist_ok=True)
+    for name, lines in chosen.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

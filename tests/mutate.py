@@ -1,0 +1,56 @@
+"""Breaks the code one line at a time and demands that the named test turns red: python tests/mutate.py
+
+mutations.txt holds a break a block: file, the text to replace (it must stand there once), what to put in its place,
+and the test that has to notice. The breaks are made in a copy; the working tree stays as it is."""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Blocks of `file:`, `old:`, `new:`, `test:` lines, separated by blank lines."""
+    blocks = [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
+    return [dict(line.split(": ", 1) if ": " in line else (line.rstrip(":"), "") for line in block.strip().splitlines())
+            for block in blocks]
+
+
+def passes(copy: Path, test: str) -> bool:
+    """Whether the test is green in the copy."""
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test], cwd=copy,
+                         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True)
+    if run.returncode not in (0, 1):
+        sys.exit(f"{test}: pytest ended with {run.returncode}\n{run.stdout[-500:]}")
+    return run.returncode == 0
+
+
+def main() -> None:
+    """Apply each break to a copy, run its test, count."""
+    breaks = read(ROOT / "tests" / "mutations.txt")
+    killed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "run", "__pycache__"))
+        for test in sorted({b["test"] for b in breaks}):
+            if not passes(copy, test):
+                sys.exit(f"{test} is red before anything is broken")
+        for b in breaks:
+            path = copy / b["file"]
+            text = path.read_text(encoding="utf-8")
+            if text.count(b["old"]) != 1:
+                sys.exit(f"{b['file']}: {b['old']!r} stands there {text.count(b['old'])} times, once was expected")
+            path.write_text(text.replace(b["old"], b["new"]), encoding="utf-8")
+            survived = passes(copy, b["test"])
+            path.write_text(text, encoding="utf-8")
+            killed += not survived
+            print(f"{'SURVIVED' if survived else 'killed  '}  {b['file']}: {b['old'].strip()} -> {b['new'].strip()}", flush=True)
+    print(f"{killed} of {len(breaks)} killed")
+    sys.exit(killed != len(breaks))
+
+
+if __name__ == "__main__":
+    main()
