@@ -339,7 +339,7 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
     width = full.shape[1]
     old = score_all(model, traces, sorted(learn), width, config) if config.epochs * config.minibatches > 1 else None
     ref = score_all(reference, traces, sorted(learn), width, config) if config.beta > 0 else None
-    sums, gap_max, norms, shuffle = defaultdict(float), 0.0, [], random.Random(len(learn))
+    sums, gap_max, trained, norms, shuffle = defaultdict(float), 0.0, 0, [], random.Random(len(learn))
     for _ in range(config.epochs):
         order = shuffle.sample(live, len(live)) if config.minibatches > 1 else live
         for rows in np.array_split(np.array(order, dtype=int), config.minibatches):
@@ -354,6 +354,7 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
                 loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
                                           advantage[part].to(device), mask, weights[lines, :T].to(device), config)
                 loss.backward()
+                trained += sum(len(traces[i].ids) for i in part)
                 stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
                 if not norms:  # the policy is still the one that sampled
                     sampled = pad_logprobs([traces[i] for i in part]).to(device)
@@ -366,7 +367,8 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
                 norms.append(optimizer_step(model, optimizers, share, config.clip_norm))
     tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
     gap_mean = sums.pop("gap", 0.0) / max(1.0, sums.pop("gap_tokens", 0.0))
-    return {**{k: v / tokens for k, v in sums.items()}, "gap_mean": gap_mean, "gap_max": gap_max, "updates": len(norms),
+    return {**{k: v / tokens for k, v in sums.items()}, "gap_mean": gap_mean, "gap_max": gap_max,
+            "trained": trained, "updates": len(norms),
             "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss}
 
 
@@ -380,7 +382,8 @@ def pad_logprobs(traces: list[Trace]) -> Tensor:
 
 COLUMNS = ["step", "reward", "answer", "consistency", *PARTS, "finished", "truncated", "flat_groups", "calls",
            "length", "entropy", "kl", "clip_low", "clip_high", "gap_mean", "gap_max", "grad_norm", "updates", "lr",
-           "memo_hits", "heldout_greedy", "heldout_sampled", "sampled_tokens", "time_sample", "time_train", "loss"]
+           "memo_hits", "heldout_greedy", "heldout_sampled", "time_sample", "time_train", "time_sample_rate", "time_train_rate",
+           "loss"]
 
 
 def roll_out(stage: Stage, agent: AutoAgent, questions: list[Question], config: GRPOConfig, step: int
@@ -441,9 +444,12 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         share = 1 - step / config.steps
         row = {"step": step, "lr": config.lr * share, **summary(traces, rewards, advantage, config),
                **update(model, stage.frozen, optimizers, traces, advantage, config, share),
-               "memo_hits": (stage.actor.remembered - hits) / max(1, stage.actor.asked - asked),
-               "sampled_tokens": sum(sum(t.mask) for t in traces),
-               "time_sample": middle - start, "time_train": time.perf_counter() - middle}
+               "memo_hits": (stage.actor.remembered - hits) / max(1, stage.actor.asked - asked)}
+        end = time.perf_counter()
+        row |= {"time_sample": middle - start, "time_sample_rate": sum(sum(t.mask) for t in traces) / (middle - start),
+                "time_train": end - middle, "time_train_rate": row.pop("trained") / (end - middle)}
+        if not row["updates"]:
+            bar.write(f"step {step}: every group scored all the same, nothing to learn, no optimizer step")
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             result, seen = evaluate(stage, model, held_out)
             row |= {"heldout_greedy": result["em_greedy"], "heldout_sampled": result["em_sampled"]}

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import agents
-from agents import AutoAgent, Call, Tool, ToolActor, ToolMaker, Trace
+from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data.world import make_world, teach
 from model import (InputError, ModelConfig, Tokenizer, Transformer, load_model, save_model, token_logprobs,
                    train_tokenizer)
@@ -61,8 +61,8 @@ class SFTConfig:
     vocab: int = option(1280, "most ids of its tokenizer")
 
     def __post_init__(self):
-        positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece", "piece_steps", "lr", "clip_norm", "eval_every", "width",
-                 "layers", "heads", "kv_heads", "mlp")
+        positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece_steps", "lr", "clip_norm",
+                 "eval_every", "width", "layers", "heads", "kv_heads", "mlp")
         at_least(self, threads=0, weight_decay=0, matrix_lr=0, warmup=0, piece=2, continued_steps=1, vocab=300)
         if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
             raise InputError(f"heads: width {self.width}, {self.heads} heads and {self.kv_heads} kv-heads don't divide evenly")
@@ -85,13 +85,12 @@ def at_least(config, **bounds: float) -> None:
             raise InputError(f"{name}: expected at least {bound}, found {getattr(config, name)!r}")
 
 
-def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One --flag a field of the dataclass, with its default and its meaning; the only place that makes flags."""
     for f in fields(config_class):
-        if f.name not in skip:
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"] +
-                                f" (default: {f.default})", choices=f.metadata.get("choices"), **kind)
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"] +
+                            f" (default: {f.default})", choices=f.metadata.get("choices"), **kind)
 
 
 def command_line(config_class: type, description: str):
@@ -146,6 +145,8 @@ class Run:
 
     def __init__(self, folder: Path, config, columns: list[str]):
         self.folder = folder
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            raise InputError(f"{folder}: holds something that is not a run; nothing was touched")
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -161,12 +162,11 @@ class Run:
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self.file.flush()
 
-    def save_traces(self, step: int, traces: list[Trace], **more: list) -> None:
-        """Whole traces to traces.jsonl, with what else is known of each."""
+    def save_traces(self, step: int, traces: list[Trace]) -> None:
+        """Whole traces to traces.jsonl."""
         with open(self.folder / "traces.jsonl", "a", encoding="utf-8") as file:
-            for i, trace in enumerate(traces):
-                extra = {name: values[i] for name, values in more.items()}
-                file.write(json.dumps({"step": step, **extra, **trace.record()}, ensure_ascii=False) + "\n")
+            for trace in traces:
+                file.write(json.dumps({"step": step, **trace.record()}, ensure_ascii=False) + "\n")
 
     def save(self, model: Transformer, tokenizer: Tokenizer) -> None:
         """The model as a Hugging Face folder, whole or not at all."""
