@@ -89,8 +89,9 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One --flag a field of the dataclass, with its default and its meaning; the only place that makes flags."""
     for f in fields(config_class):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"] +
-                            f" (default: {f.default})", choices=f.metadata.get("choices"), **kind)
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")  # argparse formats it
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text,
+                            choices=f.metadata.get("choices"), **kind)
 
 
 def command_line(config_class: type, description: str):
@@ -101,7 +102,19 @@ def command_line(config_class: type, description: str):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, without the usage."""
+    """argparse, but a mistake is one line, without the usage, and an unknown flag is named before all else."""
+
+    def flags(self) -> set[str]:
+        """All that this parser and its commands know."""
+        commands = [p for action in self._subparsers._group_actions for p in action.choices.values()] \
+            if self._subparsers else []
+        return set(self._option_string_actions).union(*(command.flags() for command in commands))
+
+    def parse_args(self) -> argparse.Namespace:
+        for word in sys.argv[1:]:
+            if word.startswith("--") and word.split("=")[0] not in self.flags():
+                self.error(f"unknown flag {word}")
+        return super().parse_args()
 
     def error(self, message: str):
         raise InputError(f"{message} (see --help)")

@@ -37,7 +37,7 @@ COUNTRY = Tool("country", "Where a city lies.", object_of(city=TEXT), object_of(
 def scripted(tokenizer, script, capacity=4):
     """A stand-in for model.Sampler. script(context as text) -> what to say next: a text, which is encoded and
     ended with <|im_end|>, or ids, said as they are. It keeps what each conversation heard and said."""
-    s = SimpleNamespace(tokenizer=tokenizer, capacity=capacity, heard=[], opened=[], before=[],
+    s = SimpleNamespace(tokenizer=tokenizer, capacity=capacity, slots=100_000, heard=[], opened=[], before=[],
                         temperatures=[])
 
     def reset():
@@ -525,7 +525,7 @@ def test_parse_tools_reads_kind_and_tools():
     (maker_text(), "no tools"), (maker_text("{"), "JSON"), (maker_text("f"), "JSON"),
     (maker_text("[]"), PARTS_RULE), (maker_text(line().replace('"d"', '"d", "name": "g"')), "repeated"),
     (maker_text(line(parameters={"type": "object", "minimum": 0}).replace("0}", "NaN}")), "NaN"),
-    (maker_text("[" * 100_000), "JSON"), (maker_text(json.dumps(a_tool(), indent=1)), "JSON"),
+    (maker_text("[" * 100_000), "too deep"), (maker_text(json.dumps(a_tool(), indent=1)), "JSON"),
 ], ids=range(16))
 def test_parse_tools_names_what_is_wrong(text, message):
     with pytest.raises(Rejected, match=message):

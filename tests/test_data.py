@@ -383,7 +383,7 @@ def lookups(record):
 def is_short(question, record):
     """One step is missing: the last lookup, or the utility that compares."""
     if question.kind == "comparison":
-        return len(record["turns"]) == 2
+        return len(record["turns"]) == 3
     return set(lookups(record)) == set(question.steps[:-1])
 
 
