@@ -37,6 +37,13 @@ from sft import (Run, at_least, command_line, half_precision, make_optimizers, o
                  positive, run_main, set_up)
 
 
+# What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
+LOSSES = {"grpo": {"scale_std": True, "clip_low": 0.2, "clip_high": 0.2, "mask_overlong": False},
+          "dapo": {"scale_std": True, "clip_low": 0.2, "clip_high": 0.28, "mask_overlong": True},
+          "dr_grpo": {"scale_std": False, "clip_low": 0.2, "clip_high": 0.2, "mask_overlong": False},
+          "gspo": {"scale_std": True, "clip_low": 3e-4, "clip_high": 4e-4, "mask_overlong": False}}
+
+
 @dataclass
 class GRPOConfig:
     """What stage 2 can be told."""
@@ -50,12 +57,12 @@ class GRPOConfig:
     minibatches: int = option(1, "optimizer steps a pass")
     lr: float = option(3e-4, "learning rate, falling linearly to 0")
     clip_norm: float = option(1.0, "largest norm of the gradient")
-    loss: str = option("dapo", "which sum over tokens and which ratio", choices=("grpo", "dapo", "dr_grpo", "gspo"))
-    scale_std: bool = option(True, "divide advantages by the group's std")
-    clip_low: float = option(0.2, "the ratio is clipped below at 1 - this")
-    clip_high: float = option(0.28, "and above at 1 + this")
+    loss: str = option("dapo", "which sum over tokens and which ratio; sets the next four", choices=tuple(LOSSES))
+    scale_std: bool | None = option(None, "divide advantages by the group's std")
+    clip_low: float | None = option(None, "the ratio is clipped below at 1 - this")
+    clip_high: float | None = option(None, "and above at 1 + this")
+    mask_overlong: bool | None = option(None, "leave truncated traces out of the loss and its count")
     beta: float = option(0.0, "weight of the KL to the model that stage 1 left; 0: no reference pass")
-    mask_overlong: bool = option(False, "leave truncated traces out of the loss")
     w_answer: float = option(0.7, "weight of a right answer")
     w_consistency: float = option(0.3, "weight of internal consistency")
     partial: float = option(0.0, "credit for token F1 where the answer isn't exact")
@@ -67,11 +74,13 @@ class GRPOConfig:
     eval_every: int = option(20, "steps between two looks at the held-out questions")
 
     def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise InputError(f"loss: expected one of {', '.join(LOSSES)}, found {self.loss!r}")
+        for name, value in LOSSES[self.loss].items():
+            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         positive(self, "steps", "questions", "epochs", "minibatches", "lr", "clip_norm", "clip_low", "clip_high",
                  "temperature", "max_turns", "turn_tokens", "trace_tokens", "eval_every", "w_consistency")
         at_least(self, group=2, beta=0, threads=0, partial=0)  # a group of one has no baseline
-        if self.loss not in ("grpo", "dapo", "dr_grpo", "gspo"):
-            raise InputError(f"loss: expected grpo, dapo, dr_grpo or gspo, found {self.loss!r}")
         if not self.w_answer * (1 - self.partial) > self.w_consistency * (1 - 1 / len(PARTS)):
             raise InputError(f"w_answer: {self.w_answer} is too small beside w_consistency {self.w_consistency}: a wrong "
                              "answer could outrank a right one; w_answer · (1 - partial) > w_consistency · "

@@ -17,6 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -88,8 +89,10 @@ def at_least(config, **bounds: float) -> None:
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One --flag a field of the dataclass, with its default and its meaning; the only place that makes flags."""
     for f in fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")  # argparse formats it
+        of = (get_args(f.type) or (f.type,))[0]  # float of float | None
+        kind = {"action": argparse.BooleanOptionalAction} if of is bool else {"type": of}
+        default = "the loss's own" if f.default is None else f.default
+        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")  # argparse formats it
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text,
                             choices=f.metadata.get("choices"), **kind)
 

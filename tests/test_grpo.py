@@ -36,7 +36,8 @@ def single_precision(double_precision, monkeypatch):
 
 
 def config(loss="grpo", **more):
-    return GRPOConfig(loss=loss, **{"clip_norm": 1e9, "trace_tokens": 10, **more})
+    own = {"clip_low": 0.2, "clip_high": 0.28, "scale_std": True, "mask_overlong": False}  # the same for all losses
+    return GRPOConfig(loss=loss, **{"clip_norm": 1e9, "trace_tokens": 10, **own, **more})
 
 
 def tensor(rows):
@@ -872,3 +873,13 @@ def test_weights_that_let_a_wrong_answer_win_are_refused(w_answer, w_consistency
         return
     with pytest.raises(InputError, match="w_answer"):
         GRPOConfig(**values)
+
+
+@pytest.mark.parametrize("loss, scale_std, low, high, overlong", [
+    ("grpo", True, 0.2, 0.2, False), ("dapo", True, 0.2, 0.28, True), ("dr_grpo", False, 0.2, 0.2, False),
+    ("gspo", True, 3e-4, 4e-4, False)])
+def test_each_loss_brings_its_papers_settings_and_a_flag_wins(loss, scale_std, low, high, overlong):
+    c = GRPOConfig(loss=loss)
+    assert (c.scale_std, c.clip_low, c.clip_high, c.mask_overlong) == (scale_std, low, high, overlong)
+    c = GRPOConfig(loss=loss, scale_std=not scale_std, clip_high=0.5)
+    assert (c.scale_std, c.clip_low, c.clip_high) == (not scale_std, low, 0.5)
