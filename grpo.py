@@ -10,9 +10,10 @@ GRPO: Shao et al. 2024 (DeepSeekMath), eq. 3 and 4; the clip: Schulman et al. 20
 the token mean: DAPO (Yu et al. 2025); no std and a constant length: Dr. GRPO (Liu et al. 2025); one ratio a
 sequence: GSPO (Zheng et al. 2025). Where we depart from them:
   1. Observations, and all else that the policy didn't sample, have no part in any sum.
-  2. pi_old is the trainer's own first pass, not the sampler's number: the first ratio is exactly 1. The gap
-     between the two is logged.
+  2. pi_old is the trainer's own first pass, not the sampler's number: with one update a rollout every ratio is
+     exactly 1, with more the first ones up to rounding. The gap between sampler and trainer is logged.
   3. Groups whose rewards are all equal have advantage exactly 0; without a KL term they are left out of the pass.
+  4. Dr. GRPO's constant is the most tokens that a trace may have, prompt and observations included.
 
 Shapes: B traces, T tokens, G group. R = w_answer · answer + w_consistency · consistency, all in [0, 1].
 """
@@ -33,7 +34,7 @@ from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Tr
 from data.score import exact_match, f1, normalize
 from data.world import HELD_OUT, Question, World, make_questions, make_world
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
-from sft import (Run, at_least, command_line, half_precision, make_optimizers, option, optimizer_step, pad, pick_device,
+from sft import (Run, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
                  positive, run_main, set_up)
 
 
@@ -150,8 +151,9 @@ def reward_valid(trace: Trace) -> float | None:
 
 
 def reward_arguments(trace: Trace) -> float | None:
-    """Share of the arguments that are grounded."""
-    grounded = [ok for _, oks in groundings(trace) for ok in oks]
+    """Share of the arguments that are grounded; a repeated call doesn't count again."""
+    distinct = {json.dumps([call.name, call.arguments], sort_keys=True): oks for call, oks in reversed(groundings(trace))}
+    grounded = [ok for oks in distinct.values() for ok in oks]
     return sum(grounded) / len(grounded) if grounded else None
 
 
@@ -170,7 +172,7 @@ def reward_support(trace: Trace) -> float:
 
 def reward_economy(trace: Trace) -> float | None:
     """Share of the calls that were of use: a value that they brought, and weren't given, stands in the arguments of
-    a later call or in the answer. A call made twice is of no use the second time, nor does it make others so."""
+    a later call or is the answer. A call made twice is of no use the second time, nor does it make others so."""
     first, seen = [], []
     for turn in trace.turns:
         first.append([])
@@ -181,10 +183,11 @@ def reward_economy(trace: Trace) -> float | None:
     computed = {id(call) for call, oks in groundings(trace) if call.name in UTILITIES and all(oks)}
     useful = 0
     for i, calls in enumerate(first):
-        later = [leaf for part in first[i + 1:] for call in part for leaf in leaves(call.arguments)] + [trace.answer]
+        later = [leaf for part in first[i + 1:] for call in part for leaf in leaves(call.arguments)]
         for call in calls:
             new = [v for v in told([call]) if id(call) in computed or not words(v) <= own_words(call)]
-            useful += any(holds(text, value) for value in new for text in later)
+            useful += any(normalize(str(value)) == normalize(trace.answer) != "" or any(holds(text, value) for text in later)
+                          for value in new)
     return useful / len(trace.calls) if trace.calls else None
 
 
@@ -195,14 +198,15 @@ PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_a
 def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float | None]:
     """The composite reward and all that it is made of; a trace that breaks the grammar has 0 in both halves."""
     if trace.status != "answered":
-        return {"reward": 0.0, "answer": 0.0, "consistency": 0.0, **dict.fromkeys(PARTS), "grammar": 0.0}
+        return {"reward": 0.0, "em": 0.0, "answer": 0.0, "consistency": 0.0, **dict.fromkeys(PARTS), "grammar": 0.0}
     parts = {name: part(trace) for name, part in PARTS.items()}
     applies = [value for value in parts.values() if value is not None]
     consistency = sum(applies) / len(applies)
     said = normalize(trace.answer) != ""  # the official rule lets "" equal the gold answer "A"; the reward doesn't
-    answer = said * (exact_match(trace.answer, golds) or config.partial * f1(trace.answer, golds))
+    em = said * exact_match(trace.answer, golds)
+    answer = em or said * config.partial * f1(trace.answer, golds)
     total = config.w_answer * answer + config.w_consistency * consistency
-    return {"reward": total, "answer": answer, "consistency": consistency, **parts}
+    return {"reward": total, "em": em, "answer": answer, "consistency": consistency, **parts}
 
 
 # ---------------------------------------------------------------------------------- advantages and loss
@@ -339,8 +343,8 @@ def score_all(model: Transformer, traces: list[Trace], rows: list[int], width: i
     return out
 
 
-def update(model: Transformer, reference: Transformer, optimizers: list, traces: list[Trace],
-           advantage: Tensor, config: GRPOConfig, share: float) -> dict[str, float]:
+def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, traces: list[Trace],
+           advantage: Tensor, config: GRPOConfig, lr: float) -> dict[str, float]:
     """The optimizer steps of one rollout -> what to log: means over the loss tokens that were passed over."""
     live = [i for i, t in enumerate(traces) if not (config.mask_overlong and t.status == "truncated")]
     learn = {i for i in live if advantage[i] != 0 or config.beta > 0}
@@ -348,7 +352,8 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
     width = full.shape[1]
     old = score_all(model, traces, sorted(learn), width, config) if config.epochs * config.minibatches > 1 else None
     ref = score_all(reference, traces, sorted(learn), width, config) if config.beta > 0 else None
-    sums, gap_max, trained, norms, shuffle = defaultdict(float), 0.0, 0, [], random.Random(len(learn))
+    sums, gaps, trained, norms = defaultdict(float), [], 0, []
+    shuffle = random.Random(f"{config.seed} {lr}")
     for _ in range(config.epochs):
         order = shuffle.sample(live, len(live)) if config.minibatches > 1 else live
         for rows in np.array_split(np.array(order, dtype=int), config.minibatches):
@@ -365,31 +370,28 @@ def update(model: Transformer, reference: Transformer, optimizers: list, traces:
                 loss.backward()
                 trained += sum(len(traces[i].ids) for i in part)
                 stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
-                if not norms:  # the policy is still the one that sampled
-                    sampled = pad_logprobs([traces[i] for i in part]).to(device)
-                    gap = ((sampled - logprobs.detach()) * mask).abs()
-                    gap_max = max(gap_max, float(gap.max()))
-                    stats |= {"gap": gap.sum(), "gap_tokens": mask.sum()}
+                if len(gaps) < len(learn):  # each trace's first pass: sampler against pi_old
+                    gaps += [g.cpu() for g in sampler_gap([traces[i] for i in part], before, mask)]
                 for name, value in stats.items():
                     sums[name] += float(value)
             if rows:  # else there is nothing to learn: no step, not even of momentum
-                norms.append(optimizer_step(model, optimizers, share, config.clip_norm))
+                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
     tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
-    gap_mean = sums.pop("gap", 0.0) / max(1.0, sums.pop("gap_tokens", 0.0))
-    return {**{k: v / tokens for k, v in sums.items()}, "gap_mean": gap_mean, "gap_max": gap_max,
-            "trained": trained, "updates": len(norms),
-            "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss}
+    gap = torch.cat(gaps) if gaps else torch.full((1,), torch.nan)  # nothing was looked at
+    return {**{name: value / tokens for name, value in sums.items()}, "gap_mean": float(gap.mean()),
+            "gap_max": float(gap.max()), "trained": trained, "updates": len(norms),
+            "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss / max(1, len(norms))}
 
 
-def pad_logprobs(traces: list[Trace]) -> Tensor:
-    """What the sampler said of each of its tokens (B, T)."""
-    T = max(len(t.ids) for t in traces)
-    return torch.tensor([t.logprobs + [0.0] * (T - len(t.logprobs)) for t in traces])
+def sampler_gap(traces: list[Trace], logprobs: Tensor, mask: Tensor) -> list[Tensor]:
+    """For each trace |log-probability of the sampler - of the trainer| (tokens,) of the tokens that it sampled."""
+    return [(torch.tensor(t.logprobs, device=own.device) - own[:len(t.ids)]).abs()[m[:len(t.ids)]]
+            for t, own, m in zip(traces, logprobs, mask)]
 
 
 # ---------------------------------------------------------------------------------------------- loop
 
-COLUMNS = ["step", "reward", "answer", "consistency", *PARTS, "finished", "truncated", "flat_groups", "calls",
+COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finished", "truncated", "flat_groups", "calls",
            "length", "entropy", "kl", "clip_low", "clip_high", "gap_mean", "gap_max", "grad_norm", "updates", "lr",
            "memo_hits", "heldout_greedy", "heldout_sampled", "time_sample", "time_train", "time_sample_rate", "time_train_rate",
            "loss"]
@@ -444,21 +446,21 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
     """The loop of stage 2: roll out, reward, advantage, update, log."""
     config = stage.config
     agent = stage.agent(model, config.questions * config.group, config.temperature)
-    optimizers = make_optimizers(model, config.lr, weight_decay=0.0)
+    optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
     bar = tqdm(plan, desc="grpo", unit="step", mininterval=1)
     for step, questions in enumerate(bar):
         start, asked, hits = time.perf_counter(), stage.actor.asked, stage.actor.remembered
         traces, rewards, advantage = roll_out(stage, agent, questions, config, step)
         middle = time.perf_counter()
-        share = 1 - step / config.steps
-        row = {"step": step, "lr": config.lr * share, **summary(traces, rewards, advantage, config),
-               **update(model, stage.frozen, optimizers, traces, advantage, config, share),
+        lr = config.lr * (1 - step / config.steps)
+        row = {"step": step, "lr": lr, **summary(traces, rewards, advantage, config),
+               **update(model, stage.frozen, optimizer, traces, advantage, config, lr),
                "memo_hits": (stage.actor.remembered - hits) / max(1, stage.actor.asked - asked)}
         end = time.perf_counter()
         row |= {"time_sample": middle - start, "time_sample_rate": sum(sum(t.mask) for t in traces) / (middle - start),
                 "time_train": end - middle, "time_train_rate": row.pop("trained") / (end - middle)}
         if not row["updates"]:
-            bar.write(f"step {step}: every group scored all the same, nothing to learn, no optimizer step")
+            bar.write(f"step {step}: no group has a better and a worse trace to learn from; no optimizer step")
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             result, seen = evaluate(stage, model, held_out)
             row |= {"heldout_greedy": result["em_greedy"], "heldout_sampled": result["em_sampled"]}
@@ -466,7 +468,7 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         run.log({name: row.get(name, "") for name in COLUMNS})
         if row.get("gap_mean", 0) > 0.05:
             bar.write(f"step {step}: sampler and trainer disagree by {row['gap_mean']:.3f} in the log-probability")
-        bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['answer']:.3f}", refresh=False)
+        bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
 
 
 def main() -> None:

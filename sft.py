@@ -41,14 +41,13 @@ class SFTConfig:
     out: str = option("run", "run folder; this stage writes its part to OUT/sft")
     seed: int = option(0, "world, teacher, weights and batches all follow from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    steps: int = option(800, "optimizer steps")
+    steps: int = option(1000, "optimizer steps")
     agent_tokens: int = option(2600, "tokens a step of AutoAgent's conversations, padding included")
     maker_tokens: int = option(1300, "of ToolMaker's")
     actor_tokens: int = option(1100, "of ToolActor's")
     piece: int = option(24, "tokens of the pieces that the conversations are cut into at first")
     piece_steps: int = option(75, "steps after which the pieces are four times as long, until nothing is cut")
-    lr: float = option(1.5e-3, "AdamW's peak learning rate; linear warm-up, then a cosine down to 5 %")
-    matrix_lr: float = option(0.02, "Muon's, on the matrices inside the blocks; 0: AdamW there too")
+    lr: float = option(1.5e-3, "peak learning rate; linear warm-up, then a cosine down to 5 %")
     warmup: int = option(60, "steps of warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
     clip_norm: float = option(1.0, "largest norm of the gradient")
@@ -64,7 +63,7 @@ class SFTConfig:
     def __post_init__(self):
         positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece_steps", "lr", "clip_norm",
                  "eval_every", "width", "layers", "heads", "kv_heads", "mlp")
-        at_least(self, threads=0, weight_decay=0, matrix_lr=0, warmup=0, piece=2, continued_steps=1, vocab=300)
+        at_least(self, threads=0, weight_decay=0, warmup=0, piece=2, continued_steps=1, vocab=300)
         if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
             raise InputError(f"heads: width {self.width}, {self.heads} heads and {self.kv_heads} kv-heads don't divide evenly")
 
@@ -200,29 +199,20 @@ def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizers(model: Transformer, lr: float, weight_decay: float, matrix_lr: float = 0) -> list:
-    """AdamW, with decay on matrices alone; and with a matrix_lr Muon (Jordan et al. 2024) on those inside the
-    blocks, which teaches a model from random weights to copy in two thirds of the steps."""
-    named = dict(model.named_parameters())
-    inner = {n: p for n, p in named.items() if p.dim() == 2 and ".layers." in n and matrix_lr}
-    outer = {n: p for n, p in named.items() if n not in inner}
-    groups = [{"params": [p for p in outer.values() if p.dim() == 2], "weight_decay": weight_decay},
-              {"params": [p for p in outer.values() if p.dim() != 2], "weight_decay": 0.0}]
-    made = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))]
-    made += [torch.optim.Muon(inner.values(), lr=matrix_lr, weight_decay=weight_decay)] if inner else []
-    for group in (group for optimizer in made for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return made
+def make_optimizer(model: Transformer, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices alone: norms and biases have no scale to be pulled to."""
+    groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
-def optimizer_step(model: Transformer, optimizers: list, share: float, clip_norm: float) -> float:
-    """Clip, step at the given share of the peak learning rates, forget the gradient -> its norm before clipping."""
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
+    """Clip, step, forget the gradient -> the gradient's norm before clipping."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm
 
 
@@ -353,18 +343,18 @@ def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run
     """The loop of stage 1: batch, loss, step, log."""
     device, rng = str(model.device), random.Random(f"batches {config.seed}")
     longest = max(len(trace.ids) for role in ROLES for trace in data[role])
-    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.matrix_lr)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     bar = tqdm(range(steps), desc="sft", unit="step", mininterval=1)
     for step in bar:
         start = time.perf_counter()
-        share = schedule(step, steps, config.warmup)
+        lr = config.lr * schedule(step, steps, config.warmup)
         if step % config.piece_steps == 0:  # the next stage of the warm-up, in the end the whole conversations
             length = config.piece * 4 ** (step // config.piece_steps)
             now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
             streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in ROLES]
         losses, tokens = train_step(model, [next(stream) for stream in streams], device)
-        norm = optimizer_step(model, optimizers, share, config.clip_norm)
-        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": share * config.lr,
+        norm = optimizer_step(model, optimizer, lr, config.clip_norm)
+        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": lr,
                "grad_norm": norm, "tokens": tokens, "time_step": time.perf_counter() - start}
         if step % config.eval_every == 0 or step == steps - 1:
             row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items()}
@@ -404,7 +394,7 @@ def train_on(config: SFTConfig, steps: int) -> None:
     run = Run(Path(config.out) / "sft_continued", config, COLUMNS)
     model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
     data, valid = (encode(part, tokenizer) for part in teach(config.seed))
-    fit(model, data, valid, replace(config, seed=config.seed + 1000, piece=1_000_000, lr=config.lr / 2, matrix_lr=config.matrix_lr / 2), run, steps)
+    fit(model, data, valid, replace(config, seed=config.seed + 1000, piece=1_000_000, lr=config.lr / 2), run, steps)
     run.save(model, tokenizer)
 
 

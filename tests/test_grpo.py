@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import grpo
-from agents import Trace
+from agents import Call, Trace, Turn
 from grpo import GRPOConfig, advantages, policy_loss, token_weights, update
 from model import InputError, ModelConfig, Sampler, Transformer
-from sft import make_optimizers, pad
+from sft import make_optimizer, pad
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 VOCAB = 40
@@ -526,17 +526,15 @@ def flat(parameters):
     return torch.cat([p.detach().flatten().double() for p in parameters])
 
 
-def descent(model, rate=1.0):
-    """Plain gradient descent in the form that update() takes its optimizers."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    optimizer.param_groups[0]["peak"] = rate
-    return [optimizer]
+def descent(model):
+    """Plain gradient descent; update() sets its rate."""
+    return torch.optim.SGD(model.parameters())
 
 
-def gradient_of_update(model, traces, advantage, cfg, reference=None, share=1.0):
+def gradient_of_update(model, traces, advantage, cfg, reference=None, lr=1.0):
     """What update() takes from a copy of the model by gradient descent at rate 1: the gradient itself."""
     moved = copy.deepcopy(model)
-    log = update(moved, reference, descent(moved), traces, tensor(advantage), cfg, share)
+    log = update(moved, reference, descent(moved), traces, tensor(advantage), cfg, lr)
     return flat(model.parameters()) - flat(moved.parameters()), log
 
 
@@ -584,10 +582,10 @@ def test_update_scores_at_the_temperature():
 
 
 def test_step_and_clip_of_the_gradient():
-    """A share of the learning rate is that share of the step; a gradient over clip_norm is cut to it."""
+    """A quarter of the learning rate is a quarter of the step; a gradient over clip_norm is cut to it."""
     model, traces = tiny_model(), made_traces()
     whole, log = gradient_of_update(model, traces, ADVANTAGE, config())
-    part, _ = gradient_of_update(model, traces, ADVANTAGE, config(), share=0.25)
+    part, _ = gradient_of_update(model, traces, ADVANTAGE, config(), lr=0.25)
     short, log_short = gradient_of_update(model, traces, ADVANTAGE, config(clip_norm=0.01))
     assert torch.allclose(part, 0.25 * whole, rtol=1e-9, atol=1e-15)
     assert torch.allclose(short, whole * 0.01 / whole.norm(), rtol=1e-3, atol=1e-9)
@@ -618,9 +616,9 @@ def test_truncated_traces_leave_loss_and_normaliser(loss):
     assert torch.allclose(got, gradient_row_by_row(model, traces, ADVANTAGE, loss, 10), rtol=1e-5, atol=1e-12)
 
 
-def state(model, optimizers):
+def state(model, optimizer):
     """All that a step could change."""
-    entries = [entry for optimizer in optimizers for entry in optimizer.state_dict()["state"].values()]
+    entries = list(optimizer.state_dict()["state"].values())
     numbers = [value for entry in entries for value in entry.values()]
     return [flat(model.parameters()), *(torch.as_tensor(n).clone() for n in numbers)]
 
@@ -630,15 +628,15 @@ def state(model, optimizers):
 @pytest.mark.parametrize("what", ["all truncated", "all truncated, beta", "all flat"])
 def test_a_step_with_nothing_to_learn_is_no_step(what, more, single_precision):
     model, reference = tiny_model(), tiny_model(1)
-    optimizers = make_optimizers(model, 1e-3, weight_decay=0.1, matrix_lr=1e-3)
-    update(model, None, optimizers, made_traces(), tensor(ADVANTAGE), config(), 1.0)  # now there is momentum
-    before = state(model, optimizers)
+    optimizer = make_optimizer(model, 1e-3, weight_decay=0.1)
+    update(model, None, optimizer, made_traces(), tensor(ADVANTAGE), config(), 1e-3)  # now there is momentum
+    before = state(model, optimizer)
     assert len(before) > 10
     status, advantage = ("answered", [0.0] * 8) if what == "all flat" else ("truncated", ADVANTAGE)
     cfg = config(mask_overlong=True, beta=0.1 if "beta" in what else 0.0, **more)
-    log = update(model, reference, optimizers, made_traces(1, status), tensor(advantage), cfg, 1.0)
+    log = update(model, reference, optimizer, made_traces(1, status), tensor(advantage), cfg, 1e-3)
     assert log["updates"] == 0 and log["grad_norm"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizers), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizer), strict=True))
 
 
 def test_more_minibatches_than_traces(single_precision):
@@ -883,3 +881,14 @@ def test_each_loss_brings_its_papers_settings_and_a_flag_wins(loss, scale_std, l
     assert (c.scale_std, c.clip_low, c.clip_high, c.mask_overlong) == (scale_std, low, high, overlong)
     c = GRPOConfig(loss=loss, scale_std=not scale_std, clip_high=0.5)
     assert (c.scale_std, c.clip_low, c.clip_high) == (not scale_std, low, 0.5)
+
+
+def test_the_summary_of_a_rollout_by_hand():
+    """Two groups of three: the first flat, in the second one trace is at its group's mean; parts are averaged where
+    they apply."""
+    traces = [Trace(status=s, mask=[0, 1, 1], turns=[Turn(calls=[Call()] * n)])
+              for s, n in (("answered", 2), ("answered", 0), ("answered", 1), ("truncated", 3), ("malformed", 0), ("answered", 0))]
+    rewards = [{"reward": r, "economy": e} for r, e in zip((1.0, 1.0, 1.0, 0.0, 0.5, 1.0), (0.5, None, None, 1.0, None, None))]
+    row = grpo.summary(traces, rewards, tensor([0, 0, 0, -1, 0, 1]), config(group=3))
+    assert row == {"reward": 0.75, "economy": 0.75, "finished": 4 / 6, "truncated": 1 / 6, "flat_groups": 0.5,
+                   "calls": 1.0, "length": 2.0}

@@ -366,6 +366,11 @@ HACKS = {
     "the question as the answer": (([ADA, VELKA, answer(QUESTION)], TOLD), ([ADA, VELKA, GUESS], TOLD)),
     "twenty names as the answer": (
         ([ADA, VELKA, answer(TWENTY)], TOLD), ([ADA, VELKA, answer("Velka")], TOLD)),
+    "twenty names that hold what was observed": (
+        ([ADA, VELKA, answer(TWENTY)], TOLD), ([ADA, VELKA, GUESS], TOLD)),
+    "a grounded call made twice beside a guessed one": (
+        ([call("country", city="Lorn"), ADA, ADA, answer("Pata")], [{"country": "X"}, *[{"city": "Velka"}] * 2]),
+        ([call("country", city="Lorn"), ADA, answer("Pata")], [{"country": "X"}, {"city": "Velka"}])),
     "twenty names with no call": (([answer(TWENTY)], []), ([GUESS], [])),
 }
 
