@@ -830,7 +830,7 @@ def test_the_sampler_sees_the_weights_of_the_last_step(single_precision):
         return [ids for ids, _ in sampler.sample(sampler.open(PROMPTS), [12] * len(PROMPTS), noise, 0.0)]
 
     before = greedy()
-    update(model, None, descent(model, rate=3.0), made_traces(), tensor(ADVANTAGE), config(), 1.0)
+    update(model, None, descent(model), made_traces(), tensor(ADVANTAGE), config(), 3.0)
     after = greedy()
     assert before != after
     for prompt, said in zip(PROMPTS, after):

@@ -135,14 +135,11 @@ def test_gold_answers_reach_no_prompt_and_change_no_trace(run):
             stage.tokenizer.encode = lambda pieces: told.append("".join(pieces)) or encode(pieces)
             stage.make_tools(asked)
             model = load_model(run[0] / "grpo" / "model", stage.device)
-            return grpo.roll_out(stage, stage.agent(model, 8, 1.0), asked, replace(config, group=2), 0)[0]
-
-    def grouped(asked):
-        stage_traces = play(asked)
-        return [trace.ids for trace in stage_traces]
+            rolled = grpo.roll_out(stage, stage.agent(model, 8, 1.0), asked, replace(config, group=2), 0)[0]
+            return [trace.ids for trace in [*rolled, *grpo.evaluate(stage, model, asked)[1]]]
 
     canary = "Qxzzy canary"
-    assert grouped(questions) == grouped([replace(q, golds=[canary]) for q in questions])
+    assert play(questions) == play([replace(q, golds=[canary], chain=(canary,)) for q in questions])
     assert told and not any("Qxzzy" in text for text in told)
 
 
