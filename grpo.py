@@ -308,7 +308,8 @@ def evaluate(stage: Stage, model: Transformer, questions: list[Question], backen
         "valid_calls": float(np.mean([call.error is None for call in calls])) if calls else None,
         "support": float(np.mean([reward_support(t) if ok else 0.0 for t, ok in zip(traces, answered)])),
         "calls": len(calls) / len(traces),
-        "by_set": {s: float(np.mean([r for r, q in zip(right, asked) if q.set == s])) for s in HELD_OUT},
+        "by_set": {s: float(np.mean([r for r, q in zip(right, asked) if q.set == s]))
+                   for s in HELD_OUT if any(q.set == s for q in questions)},
     }, traces
 
 
