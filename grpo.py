@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data.score import exact_match, f1, normalize
-from data.world import HELD_OUT, Question, World, make_questions, make_world
+from data.world import HELD_OUT, Question, make_questions, make_world
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
 from sft import (Run, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
                  positive, run_main, set_up)
