@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data.score import exact_match, f1, normalize
-from data.world import HELD_OUT, Question, make_questions, make_world
+from data.world import HELD_OUT, Question, make_questions, make_world, mixed
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
 from sft import (Run, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
                  positive, run_main, set_up)
@@ -433,7 +433,7 @@ def train(config: GRPOConfig) -> None:
         stage = Stage(before / "model", config)
         run = Run(Path(config.out) / "grpo", config, COLUMNS)
         pool = [q for q in questions if q.set == "train"]
-        pool = random.Random(f"grpo {config.seed}").sample(pool, len(pool))
+        pool = mixed(pool, config.steps * config.questions, random.Random(f"grpo {config.seed}"))
         plan = [[pool[(step * config.questions + i) % len(pool)] for i in range(config.questions)]
                 for step in range(config.steps)]
         held_out = [q for q in questions if q.set in HELD_OUT][::4]

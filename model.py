@@ -210,8 +210,12 @@ class Transformer(nn.Module):
                 weight.data.zero_()
             elif weight.dim() == 2:
                 std = 0.08 if "embed" in name else 0.6 / math.sqrt(weight.shape[1])
-                std /= depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                std /= depth if name.endswith("down_proj.weight") else 1
                 weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
+        for block in self.model["layers"]:  # each head starts as one that copies what it attends to (o = v transposed;
+            a = block.self_attn             # Trockman & Kolter 2023), or a rare kind of value may never be copied
+            v = a.v_proj.weight.data.view(a.kv_heads, a.head_dim, -1).repeat_interleave(a.heads // a.kv_heads, 0)
+            a.o_proj.weight.data.copy_(v.reshape(-1, v.shape[-1]).T / depth)
         return self
 
 
@@ -547,12 +551,12 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", 
 def train_tokenizer(texts: list[str], size: int, folder: Path, chat_template: str) -> Tokenizer:
     """A byte-level BPE with Qwen2.5's pre-split and control tokens, learned from texts, written to folder.
 
-    Two departures: a space before a capital stands alone, so that a name is the same token in prose and in JSON, and
-    two digits stand together: to copy a name or a number is to repeat one token. Qwen2.5 can afford to learn more."""
+    One departure: a space before a capital stands alone, so that a name is the same token in prose and in JSON and to
+    copy it is to repeat one token. Qwen2.5 can afford to learn more."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?!\s\p{Lu})[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?!\s\p{Lu})[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -41,18 +41,18 @@ class SFTConfig:
     out: str = option("run", "run folder; this stage writes its part to OUT/sft")
     seed: int = option(0, "world, teacher, weights and batches all follow from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    steps: int = option(1000, "optimizer steps")
-    agent_tokens: int = option(2600, "tokens a step of AutoAgent's conversations, padding included")
-    maker_tokens: int = option(1300, "of ToolMaker's")
-    actor_tokens: int = option(1100, "of ToolActor's")
+    steps: int = option(1400, "optimizer steps")
+    agent_tokens: int = option(1300, "tokens a step of AutoAgent's conversations, padding included")
+    maker_tokens: int = option(650, "of ToolMaker's")
+    actor_tokens: int = option(550, "of ToolActor's")
     piece: int = option(24, "tokens of the pieces that the conversations are cut into at first")
-    piece_steps: int = option(75, "steps after which the pieces are four times as long, until nothing is cut")
+    piece_steps: int = option(150, "steps after which the pieces are four times as long, until nothing is cut")
     lr: float = option(1.5e-3, "peak learning rate; linear warm-up, then a cosine down to 5 %")
-    warmup: int = option(60, "steps of warm-up")
+    warmup: int = option(100, "steps of warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
     clip_norm: float = option(1.0, "largest norm of the gradient")
-    continued_steps: int = option(500, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
-    eval_every: int = option(100, "steps between two looks at the held-out loss")
+    continued_steps: int = option(900, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
+    eval_every: int = option(200, "steps between two looks at the held-out loss")
     width: int = option(192, "D of the miniature")
     layers: int = option(3, "its blocks")
     heads: int = option(3, "its query heads")
@@ -367,7 +367,7 @@ def prepare(config: SFTConfig) -> tuple[dict[str, list[dict]], dict[str, list[di
     records, valid = teach(config.seed)
     texts = ["".join(part) for role in ROLES for record in records[role][:1500] for prompt, turns in [pieces(record)]
              for part in (prompt, *(p for turn in turns for p in turn))]
-    texts += [f' {name}' for names in make_world(config.seed).names.values() for name in names] * 20 + [f" {n}" for n in range(10, 100)] * 20
+    texts += [name for names in make_world(config.seed).names.values() for name in names] * 20  # each one token
     return records, valid, texts
 
 

@@ -3,6 +3,7 @@ import ast
 import json
 import math
 import operator
+import re
 import zlib
 from datetime import date
 from typing import Callable
@@ -38,7 +39,7 @@ def calculator(expression: str) -> dict:
 
 
 def compare(names: list[str], values: list, pick: str) -> dict:
-    """The name whose value, a number or an ISO date, is smallest or largest.
+    """The name whose value, a number (also as text) or an ISO date, is smallest or largest.
 
     >>> compare(["Ada", "Bo"], [1815, 1790], "smallest")
     {'result': 'Bo'}
@@ -46,7 +47,8 @@ def compare(names: list[str], values: list, pick: str) -> dict:
     if len(names) != len(values) or not names:
         return {"error": "as many values as names are needed"}
     try:
-        keys = [v if isinstance(v, (int, float)) else date.fromisoformat(v) for v in values]
+        keys = [v if isinstance(v, (int, float)) else float(v) if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", v)
+                else date.fromisoformat(v) for v in values]
         best = (min if pick == "smallest" else max)(keys)
     except (TypeError, ValueError):
         return {"error": "values must be all numbers or all dates like 1999-12-31"}

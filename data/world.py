@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# relation: (kind of its subject, kind of its value, what the tool says of itself)
+# relation: (kind of its subject, kind of its value, what the tool says of itself). Numbers are given as text, as by
+# many a web API: the miniature then learns to copy a digit as it learns to copy a name, and much later otherwise.
 RELATIONS = {
     "birthplace": ("person", "city", "The city where a person was born."),
     "employer": ("person", "company", "The company that a person works for."),
@@ -17,10 +18,10 @@ RELATIONS = {
     "father": ("person", "person", "The father of a person."),
     "teacher": ("person", "person", "The person who taught a person."),
     "home": ("person", "city", "The city where a person lives."),
-    "age": ("person", "number", "The age of a person in years."),
+    "floor": ("person", "number", "The floor that a person lives on."),
     "headquarters": ("company", "city", "The city where a company sits."),
     "founder": ("company", "person", "The person who founded a company."),
-    "staff": ("company", "number", "The number of people in a company."),
+    "size": ("company", "number", "The size of a company on a scale."),
     "country": ("city", "country", "The country where a city lies."),
     "mayor": ("city", "person", "The mayor of a city."),
     "capital": ("country", "city", "The capital of a country."),
@@ -37,8 +38,7 @@ INFERENCE = {
     "home currency": ("birthplace", "country", "currency"),
 }
 HELD_OUT = ("hotpot", "musique", "2wiki", "bamboogle")  # each in the manner of the benchmark of that name
-# What the world itself would refuse to say twice: a step back to where the question came from.
-SILLY = {("spouse", "spouse"), ("country", "capital"), ("capital", "country")}
+SILLY = {("country", "capital"), ("capital", "country")}  # a step back to where the question came from
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class World:
     """Entities and facts. Inside sealed() any look at the facts raises: a rollout can't fall back to a lookup."""
     seed: int
     names: dict[str, list[str]]
-    _facts: dict[tuple[str, str], str | int] = field(repr=False)
+    _facts: dict[tuple[str, str], str] = field(repr=False)
     _open: bool = True
 
     @property
-    def facts(self) -> dict[tuple[str, str], str | int]:
+    def facts(self) -> dict[tuple[str, str], str]:
         """(relation, subject) -> value."""
         if not self._open:
             raise PermissionError("the world's facts are sealed while a model plays its tools")
@@ -87,7 +87,7 @@ class World:
 
 def unknown(relation: str) -> dict:
     """What a tool answers that has no such fact."""
-    return {"error": f"no {relation.replace('_', ' ')} found"}
+    return {"error": f"no {relation} found"}
 
 
 def make_world(seed: int) -> World:
@@ -102,22 +102,22 @@ def imagine(world: World, number: int) -> World:
     return World(world.seed, world.names, _draw_facts(world.names, random.Random(f"imagined {world.seed} {number}")))
 
 
-def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[str, str], str | int]:
-    facts: dict[tuple[str, str], str | int] = {}
+def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[str, str], str]:
+    facts: dict[tuple[str, str], str] = {}
     people = rng.sample(names["person"], SIZES["person"])
     for i, person in enumerate(people):  # in the order of their birth: four generations of four couples
         facts["birthplace", person] = rng.choice(names["city"])
         facts["home", person] = rng.choice(names["city"])
         facts["employer", person] = rng.choice(names["company"])
         facts["spouse", person] = people[i ^ 1]
-        facts["age", person] = 80 - 18 * (i // 8) + rng.randrange(18)
+        facts["floor", person] = str(rng.randrange(1, 10))
         if i >= 8:  # of the eldest nothing is known before themselves
             elders = people[(i // 8 - 1) * 8:i // 8 * 8]
             facts["father", person], facts["teacher", person] = rng.choice(elders), rng.choice(elders)
     for company in names["company"]:
         facts["headquarters", company] = rng.choice(names["city"])
         facts["founder", company] = rng.choice(people)
-        facts["staff", company] = rng.randrange(10, 100)
+        facts["size", company] = str(rng.randrange(1, 10))
     for i, city in enumerate(rng.sample(names["city"], SIZES["city"])):
         country = names["country"][i % SIZES["country"]]
         facts["country", city] = country
@@ -140,11 +140,10 @@ def _name(rng: random.Random, used: set[str]) -> str:
 
 def tool_for(relation: str) -> dict:
     """The tool that looks a relation up, as the ToolMaker should write it."""
-    subject, value, description = RELATIONS[relation]
-    value_type = "integer" if value == "number" else "string"
+    subject, _, description = RELATIONS[relation]
     return {"name": relation, "description": description,
             "parameters": {"type": "object", "properties": {subject: {"type": "string"}}, "required": [subject]},
-            "returns": {"type": "object", "properties": {relation: {"type": value_type}}, "required": [relation]}}
+            "returns": {"type": "object", "properties": {relation: {"type": "string"}}, "required": [relation]}}
 
 
 # ----------------------------------------------------------------------------------------- questions
@@ -178,15 +177,26 @@ def imagined_questions(world: World, number: int, held_out: list[Question]) -> t
     return other, _training(_pools(other, paths, random.Random(f"imagined {world.seed} {number}")), held_out)
 
 
+def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
+    """n of the questions, shuffled, as many of each form: compositions of 2, 3, 4 hops, inference, comparison."""
+    forms: dict[tuple, list[Question]] = {}
+    for q in questions:
+        forms.setdefault((q.kind, len(q.steps) if q.kind == "composition" else 0), []).append(q)
+    each = [rng.sample(part, min(len(part), -(-n // len(forms)))) for part in forms.values()]
+    return rng.sample(chosen := [q for part in each for q in part], min(n, len(chosen)))
+
+
 def _choose_paths(rng: random.Random) -> tuple[dict[int, list[tuple[str, ...]]], list[tuple[str, ...]]]:
-    """Paths of relations by number of hops; and twelve paths of three hops that are no part of any of those."""
+    """Paths of relations by number of hops, none of them twice in a path; and twelve paths of three hops that are no
+    part of any of those."""
     pairs = [(a, b) for a in RELATIONS for b in RELATIONS if RELATIONS[a][1] == RELATIONS[b][0]
-             and (a, b) not in SILLY]
-    threes = [(a, b, c) for a, b in pairs for x, c in pairs if x == b and (a, b, c) not in INFERENCE.values()]
+             and a != b and (a, b) not in SILLY]
+    threes = [(a, b, c) for a, b in pairs for x, c in pairs if x == b and c != a and (a, b, c) not in INFERENCE.values()]
     rng.shuffle(threes)
-    unseen, three = threes[:12], threes[12:52]
-    fours = [(*path, b) for path in three for a, b in pairs if path[-1] == a and (*path[1:], b) not in unseen]
-    return {2: pairs, 3: three, 4: rng.sample(fours, 40)}, unseen
+    unseen, three = threes[:12], threes[12:]
+    fours = [(*path, b) for path in three for a, b in pairs
+             if path[-1] == a and b not in path and (*path[1:], b) not in unseen]
+    return {2: pairs, 3: three, 4: rng.sample(fours, 120)}, unseen
 
 
 def _pools(world: World, paths: dict[int, list[tuple[str, ...]]], rng: random.Random) -> dict[str, list[Question]]:
@@ -227,7 +237,7 @@ def _walk(world: World, start: str, path: tuple[str, ...]) -> list[str] | None:
     for relation in path:
         if (relation, chain[-1]) not in world.facts:
             return None
-        chain.append(str(world.facts[relation, chain[-1]]))
+        chain.append(world.facts[relation, chain[-1]])
     return chain if len(set(chain)) == len(chain) else None
 
 
@@ -236,7 +246,7 @@ def _question(world: World, start: str, path: tuple[str, ...], said: tuple[str, 
     if chain is None:
         return None
     who = "Who" if RELATIONS[path[-1]][1] == "person" else "What"
-    words = " of the ".join(relation.replace("_", " ") for relation in reversed(said))
+    words = " of the ".join(reversed(said))
     return Question("", f"{who} is the {words} of {start}?", [chain[-1]], "", kind, list(zip(path, chain)), tuple(chain))
 
 
@@ -253,10 +263,10 @@ def _inferences(world: World) -> list[Question]:
 
 
 def _comparisons(world: World, rng: random.Random) -> list[Question]:
-    """Who is older or younger, which company is larger or smaller; pairs in either order, values never equal."""
+    """Who lives higher or lower, which company is larger or smaller; pairs in either order, values never equal."""
     made = []
-    for kind, relation, head, orders in (("person", "age", "Who is", ("older", "younger")),
-                                         ("company", "staff", "Which company is", ("larger", "smaller"))):
+    for kind, relation, head, orders in (("person", "floor", "Who lives", ("higher", "lower")),
+                                         ("company", "size", "Which company is", ("larger", "smaller"))):
         names = world.names[kind]
         pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]]
         for a, b in rng.sample(pairs, min(len(pairs), 400)):
@@ -272,11 +282,11 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
 
 
 # ------------------------------------------------------------------------------------------- teacher
-# The teacher's grammar is perfect, its strategy is not. It is impatient: in half of its traces it stops one step
-# short and answers with what it has. In one of twenty it makes a lookup twice, in one of twenty it guesses
-# without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
+# The teacher's grammar is perfect, its strategy is not. It is impatient: in half of its chains of lookups it stops
+# one step short and answers with what it has. In one of twenty it makes a lookup twice, and in one of twenty
+# traces it guesses without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
 STOPS_SHORT, REPEATS, GUESSES = 0.5, 0.05, 0.05
-ENOUGH, DONE = "That is close enough", "That was the last step"
+ENOUGH, DONE = "That is close enough.", "That was the last step."
 
 
 def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
@@ -284,10 +294,9 @@ def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
     record = {"role": "agent", "question": question.text, "kind": question.kind, "tools": tools_for(question)}
     if rng.random() < GUESSES:
         kind = next(k for k, names in [*world.names.items(), ("number", None)] if not names or question.golds[0] in names)
-        guess = rng.choice(world.names[kind]) if kind != "number" else str(rng.randrange(10, 100))
+        guess = rng.choice(world.names[kind]) if kind != "number" else str(rng.randrange(1, 10))
         return {**record, "turns": [{"thought": "I guess.", "answer": guess}]}
-    lead = _compare if question.kind == "comparison" else _look_up
-    turns = lead(world, question, rng, short=rng.random() < STOPS_SHORT)
+    turns = _compare(world, question) if question.kind == "comparison" else _look_up(world, question, rng)
     return {**record, "turns": turns}
 
 
@@ -296,31 +305,34 @@ def _turn(world: World, thought: str, *steps: tuple[str, str]) -> dict:
     return {"thought": thought, "calls": calls, "observations": [world.real(c["name"], c["arguments"]) for c in calls]}
 
 
-def _look_up(world: World, question: Question, rng: random.Random, short: bool) -> list[dict]:
+def _told(relation: str, subject: str, value: str) -> str:
+    return f"The {relation} of {subject} is {value}. "
+
+
+def _look_up(world: World, question: Question, rng: random.Random) -> list[dict]:
+    short = rng.random() < STOPS_SHORT
     steps = question.steps[:-1] if short else question.steps
     again = rng.randrange(len(steps)) if rng.random() < REPEATS else None
-    turns = []
+    turns, told = [], ""
     for i, (relation, subject) in enumerate(steps):
-        said = f"the {relation.replace('_', ' ')} of {subject}."
-        turns.append(_turn(world, f"I need {said}", (relation, subject)))
+        need = f"I need the {relation} of {subject}"
+        turns.append(_turn(world, f"{told}{need}.", (relation, subject)))
+        told = _told(relation, subject, world.facts[relation, subject])
         if i == again:
-            turns.append(_turn(world, f"Once more {said}", (relation, subject)))
-    answer = str(world.facts[steps[-1]])
-    return [*turns, {"thought": f"{ENOUGH if short else DONE}: {answer}.", "answer": answer}]
+            turns.append(_turn(world, f"{told}{need} once more.", (relation, subject)))
+    return [*turns, {"thought": told + (ENOUGH if short else DONE), "answer": world.facts[steps[-1]]}]
 
 
-def _compare(world: World, question: Question, rng: random.Random, short: bool) -> list[dict]:
+def _compare(world: World, question: Question) -> list[dict]:
     (relation, a), (_, b) = question.steps
     x, y = world.facts[relation, a], world.facts[relation, b]
-    turns = [_turn(world, f"I need the {relation} of {a}.", (relation, a)),
-             _turn(world, f"{a}: {x}. I need the {relation} of {b}.", (relation, b))]
-    if short:
-        return [*turns, {"thought": f"{ENOUGH}: {a}.", "answer": a}]
     pick = "smallest" if question.golds[0] == (a if x < y else b) else "largest"
     call = {"name": "compare", "arguments": {"names": [a, b], "values": [x, y], "pick": pick}}
-    turns.append({"thought": f"{a}: {x}. {b}: {y}. I need the {pick}.", "calls": [call],
-                  "observations": [{"result": question.golds[0]}]})
-    return [*turns, {"thought": f"{DONE}: {question.golds[0]}.", "answer": question.golds[0]}]
+    return [_turn(world, f"I need the {relation} of {a}.", (relation, a)),
+            _turn(world, f"{_told(relation, a, x)}I need the {relation} of {b}.", (relation, b)),
+            {"thought": f"{_told(relation, a, x)}{_told(relation, b, y)}I need the {pick}.", "calls": [call],
+             "observations": [{"result": question.golds[0]}]},
+            {"thought": f"The {pick} is {question.golds[0]}. {DONE}", "answer": question.golds[0]}]
 
 
 def tools_for(question: Question) -> list[dict]:
@@ -331,7 +343,8 @@ def tools_for(question: Question) -> list[dict]:
 def teach_maker(question: Question, rng: random.Random) -> dict:
     """One conversation of the ToolMaker; one in ten answers a request that names why a first try was rejected."""
     rejected = rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
-    needs = ", then the ".join(relation.replace("_", " ") for relation in dict(question.steps))
+    path = [relation for relation, _ in question.steps[:1 if question.kind == "comparison" else None]]
+    needs = ", then the ".join(path)
     return {"role": "maker", "question": question.text, "thought": f"I need the {needs}.", "kind": question.kind,
             "tools": tools_for(question), "rejected": rejected}
 
@@ -355,7 +368,7 @@ def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
     return records
 
 
-def teach(seed: int, worlds: int = 3) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+def teach(seed: int, worlds: int = 25, each: int = 320) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
     """The teacher's conversations by role: for training, and for the held-out loss.
 
     The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
@@ -364,6 +377,7 @@ def teach(seed: int, worlds: int = 3) -> tuple[dict[str, list[dict]], dict[str, 
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
     for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
+        questions = mixed(questions, each, rng)
         records["agent"] += [teach_agent(other, q, rng) for q in questions]
         records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, len(questions) // 2)]
     valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],

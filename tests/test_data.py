@@ -108,7 +108,7 @@ def test_the_world_is_whole(made):
     for (relation, subject), value in world.facts.items():
         kind, of, _ = RELATIONS[relation]
         assert subject in world.names[kind]
-        assert type(value) is int if of == "number" else value in world.names[of]
+        assert value in "123456789" if of == "number" else value in world.names[of]
     for relation, (kind, _, _) in RELATIONS.items():
         lacking = [s for s in world.names[kind] if (relation, s) not in world.facts]
         assert len(lacking) == (8 if relation in ("father", "teacher") else 0)
@@ -119,8 +119,11 @@ def test_the_world_makes_sense(made):
     for (relation, subject), value in facts.items():
         if relation == "spouse":
             assert facts["spouse", value] == subject != value
-        if relation in ("father", "teacher"):
-            assert facts["age", value] > facts["age", subject]
+        if relation in ("father", "teacher"):  # three steps up at most: nobody is their own ancestor
+            elders = {value}
+            for _ in range(3):
+                elders = {facts[up, e] for e in elders for up in ("father", "teacher") if (up, e) in facts}
+            assert not elders
         if relation == "capital":
             assert facts["country", value] == subject
 
@@ -134,10 +137,10 @@ def answer_of(text, facts):
     words = text.removesuffix("?").split(" ")
     if words[-2] == "or":
         a, b, order = words[-3], words[-1], words[-4].removesuffix(",")
-        relation = {"Who is": "age", "Which company is": "staff"}[" ".join(words[:-4])]
+        relation = {"Who lives": "floor", "Which company is": "size"}[" ".join(words[:-4])]
         values = {name: facts[relation, name] for name in (a, b)}
-        assert values[a] != values[b] and order in (("older", "younger") if relation == "age" else ("larger", "smaller"))
-        return (max if order in ("older", "larger") else min)(values, key=values.get), [(relation, a), (relation, b)]
+        assert values[a] != values[b] and order in (("higher", "lower") if relation == "floor" else ("larger", "smaller"))
+        return (max if order in ("higher", "larger") else min)(values, key=values.get), [(relation, a), (relation, b)]
     assert words[:3] in (["Who", "is", "the"], ["What", "is", "the"])
     *chain, subject = " ".join(words[3:]).split(" of the ")
     last, subject = subject.split(" of ")
@@ -381,21 +384,20 @@ def lookups(record):
 
 
 def is_short(question, record):
-    """One step is missing: the last lookup, or the utility that compares."""
-    if question.kind == "comparison":
-        return len(record["turns"]) == 3
+    """The last lookup is missing."""
     return set(lookups(record)) == set(question.steps[:-1])
 
 
 def test_how_often_the_teacher_guesses_stops_short_and_repeats(taught):
-    """Stated: 1/20 guess; half of the others stop one step short; 1/20 of those that look up do so twice."""
+    """Stated: 1/20 guess; half of the other chains stop one step short, 1/20 have a lookup twice; comparisons don't."""
     records = taught[1]
     share = sum(is_guess(r) for _, r in records) / len(records)
     assert 0.035 < share < 0.065
     others = [(q, r) for q, r in records if not is_guess(r)]
-    for kind in ("composition", "inference", "comparison"):
+    for kind in ("composition", "inference"):
         of = [is_short(q, r) for q, r in others if q.kind == kind]
         assert 0.4 < sum(of) / len(of) < 0.6
+    assert not any(is_short(q, r) for q, r in others if q.kind == "comparison")
     for hops in (2, 3, 4):
         of = [is_short(q, r) for q, r in others if len(q.steps) == hops and q.kind == "composition"]
         assert 0.42 < sum(of) / len(of) < 0.58
@@ -415,8 +417,6 @@ def test_what_the_teacher_answers(taught):
         if not is_short(question, record):
             assert answer == question.golds[0] and answer in map(str, told)
             assert question.kind == "comparison" or list(dict.fromkeys(lookups(record))) == question.steps
-        elif question.kind == "comparison":
-            assert answer == question.steps[0][1]
         else:
             assert answer == question.chain[-2] == str(told[-1]) != question.golds[0]
     assert sum(guesses) / len(guesses) < 0.3
@@ -486,7 +486,7 @@ def test_what_the_actor_is_taught():
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_every_relations_tool_passes_the_rules(relation):
     tool, = agents.check_tools([tool_for(relation)])
-    right, wrong = (1900, "x") if relation in ("age", "staff") else ("x", 1900)
+    right, wrong = "7", 7
     assert tool.result_fits.is_valid({relation: right}) and not tool.result_fits.is_valid({relation: wrong})
     assert relation not in agents.UTILITIES
 
@@ -494,4 +494,4 @@ def test_every_relations_tool_passes_the_rules(relation):
 def test_words_for_inference_are_what_they_say():
     for path in INFERENCE.values():
         assert all(RELATIONS[a][1] == RELATIONS[b][0] for a, b in zip(path, path[1:]))
-    assert not set(INFERENCE) & {relation.replace("_", " ") for relation in RELATIONS}
+    assert not set(INFERENCE) & set(RELATIONS)
