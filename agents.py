@@ -7,18 +7,21 @@
 The sampler they are given opens, appends to and samples conversations (model.Sampler). What it sampled is kept
 as ids and never encoded again; what the program adds is encoded once; both enter the Trace with their loss mask.
 """
+import importlib.util
 import json
 import re
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Callable
 
 import jsonschema
 import numpy as np
 
 import data.tools
+from data import InputError
 
 # ------------------------------------------------------------------------------------------ protocol
 # Qwen2.5's chat and tool format, to the letter: the chat_template of Qwen2.5-Instruct's tokenizer_config.json.
@@ -104,6 +107,7 @@ MAKER_SYSTEM = ("Write the tools that help to answer the question. Think inside 
                 "one JSON object a line: name, description, parameters and returns, the last two as JSON schemas.")
 ACTOR_SYSTEM = ("You play a tool. For each call give what the tool would return, one JSON object that fits "
                 "its schema returns, or an error.")
+SOURCE_HEAD = "All that this tool knows:"
 CLOSED_BOOK = "<think>I guess.</think>\n<answer>"  # put into the agent's mouth where it must answer with no tool
 
 
@@ -114,8 +118,8 @@ class Rejected(ValueError):
     """What a model wrote can't be used; the message says why in a few words that can stand in a prompt."""
 
 
-def strict_json(text: str) -> object:
-    """JSON without NaN, infinities and repeated keys; Rejected for anything else.
+def strict_json(text: str, most: int = 200) -> object:
+    """JSON without NaN, infinities and repeated keys, of at most so many parts; Rejected for anything else.
 
     >>> strict_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
@@ -129,7 +133,7 @@ def strict_json(text: str) -> object:
     def refuse(constant: str) -> None:
         raise Rejected(f"{constant} is not JSON")
 
-    if text.count("[") + text.count("{") > 200:
+    if text.count("[") + text.count("{") > most:
         raise Rejected("too deep")
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
@@ -149,6 +153,7 @@ class Tool:
     parameters: dict
     returns: dict
     run: Callable[..., dict] | None = None
+    source: str = ""  # texts that the ToolActor answers from, if any
 
     @property
     def schema(self) -> dict:
@@ -158,8 +163,9 @@ class Tool:
 
     @cached_property
     def definition(self) -> str:
-        """All four parts as JSON: what the ToolMaker writes and the ToolActor reads."""
-        return dumps({**self.schema["function"], "returns": self.returns})
+        """All four parts as JSON: what the ToolMaker writes and the ToolActor reads, its source below."""
+        head = f"\n{SOURCE_HEAD}\n{self.source}" if self.source else ""
+        return dumps({**self.schema["function"], "returns": self.returns}) + head
 
     @cached_property
     def arguments_fit(self) -> jsonschema.Draft202012Validator:
@@ -170,7 +176,7 @@ class Tool:
         return jsonschema.Draft202012Validator(self.returns)
 
 
-MAX_TOOLS, MAX_DEPTH, MAX_DESCRIPTION = 8, 6, 300
+MAX_TOOLS, MAX_DEPTH, MAX_DESCRIPTION = 8, 6, 1024
 
 
 def check_tools(tools: list[dict]) -> list[Tool]:
@@ -181,20 +187,90 @@ def check_tools(tools: list[dict]) -> list[Tool]:
     $ref, no pattern, no deep nesting. Not checked: that the tool is of any use, or that the description is true."""
     if not 1 <= len(tools) <= MAX_TOOLS:
         raise Rejected(f"not 1 to {MAX_TOOLS} tools" if tools else "no tools")
-    made = []
+    made: list[Tool] = []
     for tool in tools:
         if not isinstance(tool, dict) or set(tool) != {"name", "description", "parameters", "returns"}:
             raise Rejected("a tool has name, description, parameters, returns")
-        if not isinstance(tool["name"], str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool["name"]):
-            raise Rejected("bad tool name")
-        if tool["name"] in UTILITIES or any(tool["name"] == other.name for other in made):
-            raise Rejected("tool name taken")
-        if not isinstance(tool["description"], str) or not 0 < len(tool["description"].strip()) <= MAX_DESCRIPTION:
-            raise Rejected("bad description")
-        check_schema(tool["parameters"])
         check_schema(tool["returns"])
-        made.append(Tool(**tool))
+        made.append(_check_function(tool, made))
     return made
+
+
+def _check_function(function: dict, others: list[Tool]) -> Tool:
+    """The rules that the ToolMaker's tools and a user's have in common."""
+    name, description = function["name"], function["description"]
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise Rejected("bad tool name")
+    if name in UTILITIES or any(name == other.name for other in others):
+        raise Rejected("tool name taken")
+    if not isinstance(description, str) or not 0 < len(description.strip()) <= MAX_DESCRIPTION:
+        raise Rejected("bad description")
+    check_schema(function["parameters"])
+    return Tool(**function)
+
+
+def load_tools(path: Path) -> list[Tool]:
+    """A user's tools; InputError names the tool and the rule it breaks. JSON: a list of OpenAI functions, with
+    `returns` or without (any object is a result then), which the ToolActor plays. Python: the file is executed, its
+    TOOLS are pairs of such a function and the Python function that is called."""
+    path, made, place = Path(path), [], ""
+    try:
+        if path.suffix == ".py":
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            pairs = list(module.TOOLS)
+        else:
+            pairs = [(schema, None) for schema in strict_json(path.read_text(encoding="utf-8"), most=100_000)]
+        if not pairs:
+            raise Rejected("no tools")
+        for number, (schema, run) in enumerate(pairs, 1):
+            function = dict(schema.get("function", schema))
+            place = f"tool {number} ({function.get('name')!r:.70}): "
+            if missing := {"name", "description", "parameters"} - set(function):
+                raise Rejected(f"no {sorted(missing)[0]}")
+            if unknown := set(function) - {"name", "description", "parameters", "returns", "strict"}:
+                raise Rejected(f"unknown part {sorted(unknown)[0]}")
+            strict = function.pop("strict", False)
+            if "returns" in function:
+                check_schema(function["returns"])
+            made.append(_check_function({"returns": {"type": "object"}, **function, "run": run and _guarded(run)}, made))
+            if strict:
+                _check_strict(function["parameters"])
+    except Exception as error:  # a user's file may raise anything
+        reason = error if isinstance(error, Rejected) else f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise InputError(f"{path}: {place}{reason}") from None
+    return made
+
+
+def _guarded(function: Callable[..., dict]) -> Callable[..., dict]:
+    """A real tool may fail, or return anything: for the agent that is an observation, not the end of the run."""
+    def run(**arguments: object) -> dict:
+        try:
+            result = strict_json(dumps(function(**arguments)))
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"[:200]}
+        return result if isinstance(result, dict) else {"result": result}
+    return run
+
+
+def _check_strict(schema: object) -> None:
+    """OpenAI's strict mode: every object closed, and every property required, all the way down."""
+    if isinstance(schema, dict):
+        if "properties" in schema or "object" in (schema.get("type"), *_list(schema.get("type"))):
+            if schema.get("additionalProperties") is not False:
+                raise Rejected("strict, but an object is open")
+            if set(_list(schema.get("required"))) != set(schema.get("properties", {})):
+                raise Rejected("strict, but a property is not required")
+        for key, child in schema.items():
+            for part in child.values() if key == "properties" and isinstance(child, dict) else [child]:
+                _check_strict(part)
+    for child in _list(schema):
+        _check_strict(child)
+
+
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
 
 
 def check_schema(schema: object) -> None:
@@ -481,10 +557,11 @@ def say_once(sampler, prompts: list[list[int]], limit: int, temperature: float, 
 class ToolActor:
     """Plays the tools. It is told the tool's definition and the call: never the question, never the gold answer.
     Greedy and remembered, so a world that it makes up is at least one world."""
-    TRIES, LIMIT, MEMORY = 3, 64, 100_000
+    TRIES, MEMORY = 3, 100_000
+    NO_RESULT = {"error": "the tool gave no valid result"}
 
-    def __init__(self, sampler):
-        self.sampler = sampler
+    def __init__(self, sampler, reply_tokens: int = 64):
+        self.sampler, self.limit = sampler, reply_tokens
         self.memo: OrderedDict[str, dict] = OrderedDict()
         self.asked = self.remembered = self.invalid = 0
 
@@ -503,12 +580,12 @@ class ToolActor:
             if not todo:
                 break
             prompts = [self.sampler.tokenizer.encode(self.prompt(tool.definition, args)) for tool, args in todo.values()]
-            replies = say_once(self.sampler, prompts, self.LIMIT, float(attempt > 0), [(k, attempt) for k in todo])
+            replies = say_once(self.sampler, prompts, self.limit, float(attempt > 0), [(k, attempt) for k in todo])
             for (key, (tool, _)), reply in zip(list(todo.items()), replies):
                 observation = parse_observation(tool, reply)
                 if observation is not None or attempt == self.TRIES - 1:
                     self.invalid += observation is None
-                    self.memo[key] = {"error": "the tool gave no valid result"} if observation is None else observation
+                    self.memo[key] = self.NO_RESULT if observation is None else observation
                     del todo[key]
         answers = [self.memo[key] for key in keys]
         while len(self.memo) > self.MEMORY:
@@ -529,10 +606,13 @@ def parse_observation(tool: Tool, text: str) -> dict | None:
 
 @dataclass
 class Toolbox:
-    """What the ToolMaker made of a question: its kind, its tools, the tries it took (0: the fallback)."""
+    """What the ToolMaker made of a question: its kind, its tools, the tries it took (0: the fallback); what it thought
+    and why its try before was rejected."""
     kind: str
     made: list[Tool]
     tries: int
+    thought: str = ""
+    rejected: str = ""
 
     @property
     def tools(self) -> list[Tool]:
@@ -542,10 +622,10 @@ class Toolbox:
 class ToolMaker:
     """Classification, then generation, then validation (figure 1a): what is rejected is written again with the
     reason in the prompt; after three tries the question gets the one general tool."""
-    TRIES, LIMIT = 3, 480
+    TRIES = 3
 
-    def __init__(self, sampler):
-        self.sampler = sampler
+    def __init__(self, sampler, reply_tokens: int = 480):
+        self.sampler, self.limit = sampler, reply_tokens
 
     @staticmethod
     def prompt(question: str, rejected: str = "") -> list[str]:
@@ -566,22 +646,22 @@ class ToolMaker:
             todo = [i for i, box in enumerate(boxes) if box is None]
             prompts = [self.sampler.tokenizer.encode(self.prompt(questions[i], reasons[i])) for i in todo]
             keys = [(*key, questions[i], attempt) for i in todo]
-            for i, reply in zip(todo, say_once(self.sampler, prompts, self.LIMIT, float(attempt > 1), keys)):
+            for i, reply in zip(todo, say_once(self.sampler, prompts, self.limit, float(attempt > 1), keys)):
                 try:
-                    boxes[i] = Toolbox(*parse_tools(reply), attempt)
+                    boxes[i] = Toolbox(*parse_tools(reply), attempt, TOOLS_REPLY.fullmatch(reply)[1].strip(), reasons[i])
                 except Rejected as error:
                     reasons[i] = str(error)
         return [box or Toolbox("composition", [FALLBACK], 0) for box in boxes]
 
 
-TOOLS_REPLY = re.compile(r"\s*<think>.*?</think>\s*<kind>(.*?)</kind>\s*<tools>(.*)</tools>\s*", re.DOTALL)
+TOOLS_REPLY = re.compile(r"\s*<think>(.*?)</think>\s*<kind>(.*?)</kind>\s*<tools>(.*)</tools>\s*", re.DOTALL)
 
 
 def parse_tools(text: str) -> tuple[str, list[Tool]]:
     """What the ToolMaker wrote -> kind and tools, or Rejected."""
     if not (match := TOOLS_REPLY.fullmatch(text)):
         raise Rejected("no think, kind and tools")
-    if match[1].strip() not in KINDS:
+    if match[2].strip() not in KINDS:
         raise Rejected("unknown kind")
-    lines = [line for line in match[2].split("\n") if line.strip()]
-    return match[1].strip(), check_tools([strict_json(line) for line in lines])
+    lines = [line for line in match[3].split("\n") if line.strip()]
+    return match[2].strip(), check_tools([strict_json(line) for line in lines])

@@ -21,8 +21,10 @@ import json
 import random
 import re
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+import zlib
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +32,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
-from data.score import exact_match, f1, normalize
-from data.world import HELD_OUT, Question, make_questions, make_world, mixed
-from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
+from agents import UTILITIES, AutoAgent, Call, Tool, ToolActor, Toolbox, ToolMaker, Trace, load_tools, run_episodes
+from data.read import Item, read_questions, write_predictions, write_questions
+from data.score import exact_match, f1, interval, normalize
+from data.tools import Real
+from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
+from model import InputError, ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model, read_json, token_logprobs
 from sft import (Run, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
-                 positive, run_main, set_up)
+                 positive, run_main, set_up, to_records)
 
 
 # What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
@@ -51,6 +55,7 @@ class GRPOConfig:
     out: str = option("run", "run folder: starts from OUT/sft, writes OUT/grpo")
     seed: int = option(0, "which questions, and all random numbers of the traces")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
+    data: tuple = option((), "question files in place of the world's questions; every twentieth question is held out")
     steps: int = option(40, "rollouts")
     questions: int = option(12, "questions a rollout")
     group: int = option(8, "G: traces a question")
@@ -261,12 +266,14 @@ def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advanta
 class Stage:
     """What a rollout needs besides the policy: the frozen model that makes and plays the tools, the questions."""
 
-    def __init__(self, folder: Path, config):
+    def __init__(self, folder: Path, config, rows: int = 64, room: int | None = None):
+        """room: the most tokens that a question or a call with its tools may take; None: the miniature's measures."""
         self.device, self.config = pick_device(), config
         self.frozen = load_model(folder, self.device).requires_grad_(False)
         self.tokenizer = Tokenizer(folder)
-        self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, 64, 640))
-        self.maker = ToolMaker(self.actor.sampler)
+        reply = {"reply_tokens": max(480, config.turn_tokens)} if room else {}
+        self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, rows, room + reply["reply_tokens"] if room else 640), **reply)
+        self.maker = ToolMaker(self.actor.sampler, **reply)
         self.boxes: dict[str, Toolbox] = {}
 
     def make_tools(self, questions: list[Question]) -> None:
@@ -297,20 +304,26 @@ def evaluate(stage: Stage, model: Transformer, questions: list[Question], backen
         traces = stage.traces(questions, group, "eval")
         run_episodes(stage.agent(model, n * group, temperature), backend or stage.actor, traces, group, closed_book)
         asked = [q for q in questions for _ in range(group)]
-        answers = [t.answer if t.status == "answered" else "" for t in traces]
-        right = [exact_match(a, q.golds) for a, q in zip(answers, asked)]
-        row[name] = float(np.mean(right))
-    calls = [call for t in traces for call in t.calls]
-    answered = [t.status == "answered" for t in traces]
-    return row | {
-        "f1": float(np.mean([f1(a, q.golds) for a, q in zip(answers, asked)])),
-        "grammar": float(np.mean(answered)),
-        "valid_calls": float(np.mean([call.error is None for call in calls])) if calls else None,
-        "support": float(np.mean([reward_support(t) if ok else 0.0 for t, ok in zip(traces, answered)])),
-        "calls": len(calls) / len(traces),
-        "by_set": {s: float(np.mean([r for r, q in zip(right, asked) if q.set == s]))
-                   for s in HELD_OUT if any(q.set == s for q in questions)},
-    }, traces
+        seen = [measure(t, q.golds) for t, q in zip(traces, asked)]
+        row[name] = float(np.mean([m["em"] for m in seen]))
+    by_set = {s: [m["em"] for m, q in zip(seen, asked) if q.set == s] for s in HELD_OUT}
+    return row | means(seen) | {"by_set": {s: float(np.mean(v)) for s, v in by_set.items() if v}}, traces
+
+
+def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str, float]:
+    """What one trace brings to a row of results; no answer in the grammar is scored as an empty one."""
+    answered = trace.status == "answered"
+    said = trace.answer if answered else ""
+    return {"em": exact_match(said, golds), "f1": f1(said, golds, rule), "grammar": float(answered),
+            "support": reward_support(trace) if answered else 0.0, "calls": len(trace.calls),
+            "valid_calls": sum(call.error is None for call in trace.calls), "length": sum(trace.mask)}
+
+
+def means(seen: list[dict]) -> dict[str, float | None]:
+    """The columns of a row, from its traces' measures."""
+    row = {name: float(np.mean([m[name] for m in seen])) for name in ("f1", "grammar", "support", "calls", "length")}
+    calls = sum(m["calls"] for m in seen)
+    return row | {"valid_calls": sum(m["valid_calls"] for m in seen) / calls if calls else None}
 
 
 # -------------------------------------------------------------------------------------------- update
@@ -428,15 +441,22 @@ def train(config: GRPOConfig) -> None:
     if not (before / "model" / "config.json").exists():
         raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
     world = make_world(read_json(before / "config.json")["seed"])
-    questions = make_questions(world)
+    rng = random.Random(f"grpo {config.seed}")
+    if config.data:
+        items = [replace(item, id=f"{file} {item.id}") for file in config.data for item in read_questions(file)[0]]
+        if len(items) < 20:
+            raise InputError(f"data: {len(items)} questions; at least 20 are needed, every twentieth is held out")
+        pool, held_out = [q for i, q in enumerate(items) if i % 20 < 19], items[19::20][:100]
+        rng.shuffle(pool)
+    else:
+        questions = make_questions(world)
+        pool = mixed([q for q in questions if q.set == "train"], config.steps * config.questions, rng)
+        held_out = [q for q in questions if q.set in HELD_OUT][::4]
     with world.sealed():
-        stage = Stage(before / "model", config)
+        stage = Stage(before / "model", config, room=config.trace_tokens if config.data else None)
         run = Run(Path(config.out) / "grpo", config, COLUMNS)
-        pool = [q for q in questions if q.set == "train"]
-        pool = mixed(pool, config.steps * config.questions, random.Random(f"grpo {config.seed}"))
         plan = [[pool[(step * config.questions + i) % len(pool)] for i in range(config.questions)]
                 for step in range(config.steps)]
-        held_out = [q for q in questions if q.set in HELD_OUT][::4]
         stage.make_tools([*held_out, *(q for step in plan for q in step)])
         model = load_model(before / "model", stage.device)
         loop(stage, model, plan, held_out, run)
@@ -470,6 +490,215 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         if row.get("gap_mean", 0) > 0.05:
             bar.write(f"step {step}: sampler and trainer disagree by {row['gap_mean']:.3f} in the log-probability")
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
+
+
+# ------------------------------------------------------------ question files: evaluation and stage 0
+
+
+LIMITS = {"max_turns": 8, "turn_tokens": 1024, "trace_tokens": 4096}  # of a checkpoint that no run says more of
+
+
+@dataclass
+class EvalConfig:
+    """What mtr.py eval can be told."""
+    out: str = option("run", "run folder: its models play, its held-out questions are asked; writes OUT/eval")
+    model: str = option("", "checkpoint folder that plays all three roles in their place")
+    data: tuple = option((), "question files, their formats told from the content; without them the run's held-out questions")
+    skip_bad: bool = option(False, "count broken records and leave them out")
+    backend: str = option("simulated", "who answers the calls: the ToolActor; or the world, or with --real-tools these alone",
+                          choices=("simulated", "real"))
+    real_tools: str = option("", "Python file, which is executed, or JSON: see TOOLS in docs/real_tools.py; offered to each question")
+    grounded: bool = option(False, "the ToolActor is told the question's paragraphs")
+    tools: bool = option(True, "without them: the baseline, a direct answer")
+    samples: int = option(1, "answers a question")
+    temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
+    seed: int = option(0, "all random numbers of the traces")
+    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
+    rows: int = option(64, "traces side by side; turn down if memory runs out")
+    max_turns: int | None = option(None, "turns until a trace is cut off", unset="the run's; with --model 8")
+    turn_tokens: int | None = option(None, "new tokens a turn", unset="the run's; with --model 1024")
+    trace_tokens: int | None = option(None, "tokens a trace, prompt included", unset="the run's; with --model 4096")
+
+    def __post_init__(self):
+        positive(self, "samples", "rows", *(name for name in LIMITS if getattr(self, name) is not None))
+        at_least(self, temperature=0, threads=0)
+        if self.temperature == 0 and self.samples > 1:
+            raise InputError("samples: greedy answers are all the same; give a --temperature above 0")
+        if not self.data and (self.model or self.grounded):
+            raise InputError("data: --model and --grounded need question files")
+
+
+@dataclass
+class TracesConfig(EvalConfig):
+    """What mtr.py traces can be told."""
+    out: str = option("traces.jsonl", "file for the traces; what stands in it isn't sampled again")
+    model: str = option("", "the teacher: a checkpoint folder that plays all three roles")
+    data: tuple = option((), "question files, their formats told from the content")
+    samples: int = option(4, "traces a question")
+    temperature: float = option(1.0, "of AutoAgent")
+
+    def __post_init__(self):
+        if not (self.model and self.data):
+            raise InputError("traces: --model TEACHER and --data FILE are needed")
+        super().__post_init__()
+
+
+def open_run(out: str, room: int | None = None) -> tuple[Stage, Transformer, World]:
+    """What a finished run left: frozen tools, trained agent, world."""
+    folder = Path(out)
+    for part in ("sft", "grpo"):
+        if not (folder / part / "model").is_dir():
+            raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
+    config = GRPOConfig(**read_json(folder / "grpo" / "config.json"))
+    stage = Stage(folder / "sft" / "model", config, room=room or (config.trace_tokens if config.data else None))
+    return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_json(folder / "sft" / "config.json")["seed"])
+
+
+class Cast:
+    """Who plays when question files are asked: a run's agent before its frozen simulator, or one checkpoint in all roles."""
+
+    def __init__(self, config: EvalConfig):
+        set_up(config)
+        self.config, self.real, self.world = config, load_tools(config.real_tools) if config.real_tools else [], None
+        folders = [Path(config.model)] * 2 if config.model else [Path(config.out) / part / "model" for part in ("grpo", "sft")]
+        if config.model:
+            limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], ModelConfig.read(folders[0]).max_position_embeddings)}
+        else:
+            room = config.trace_tokens or LIMITS["trace_tokens"] if config.grounded else None
+            self.stage, self.model, self.world = open_run(config.out, room)
+            limits = {name: getattr(self.stage.config, name) for name in LIMITS}
+        c = replace(config, **{name: getattr(config, name) or limit for name, limit in limits.items()})
+        if config.model:
+            self.stage = Stage(folders[0], c, c.rows, c.trace_tokens)
+            self.model = self.stage.frozen
+        self.stage.config = c
+        self.name, simulator = (f"{'/'.join(folder.resolve().parts[-2:])} {fingerprint(folder)}" for folder in folders)
+        self.alone = config.backend == "real" and bool(self.real)  # no tool is made, none is played
+        if config.backend == "real" and not (self.real or self.world):
+            raise InputError("backend: there is no world to answer for --model; give --real-tools FILE")
+        played = "real: the world" if config.backend == "real" else f"simulated: {simulator}" + " grounded" * config.grounded
+        own = f"real: {config.real_tools} {fingerprint(config.real_tools)}" if self.real else ""
+        self.backend = " + ".join(filter(None, ["" if self.alone else played, own])) if config.tools else "none"
+        self.settings = [self.name, self.backend, c.seed, c.temperature, c.max_turns, c.turn_tokens, c.trace_tokens]
+
+    def tools(self, item: Item) -> list[Tool]:
+        """The ToolMaker's for this question, with the user's; where both have a name, the user's."""
+        own = {tool.name: tool for tool in self.real}
+        made = [] if self.alone else [own.pop(tool.name, tool) for tool in self.boxes[item.id].tools]
+        if self.config.grounded:
+            made = [tool if tool.run else replace(tool, source=item.paragraphs) for tool in made]
+        return made + list(own.values()) if self.config.tools else []
+
+    def play(self, items: list[Item], path: Path, by: str, describe) -> list[dict]:
+        """Answer what the file hasn't answered yet, a batch at a time, each added to the file when it is done -> the
+        file's lines, by question and sample: what describe(trace, item, toolbox) makes of a trace, and its seconds."""
+        config, done = self.config, read_lines(path, by)
+        todo = [(q, sample) for q in items for sample in range(config.samples) if (q.id, sample) not in done]
+        agent = self.stage.agent(self.model, min(config.rows, len(todo)), config.temperature) if todo else None
+        backend, self.boxes = Real(self.world.real) if self.world and config.backend == "real" else self.stage.actor, {}
+        with open(path, "a", encoding="utf-8") as file:
+            for i in tqdm(range(0, len(todo), config.rows), desc=items[0].set, unit="batch"):
+                start, part = time.perf_counter(), todo[i:i + config.rows]
+                new = list({q.id: q for q, _ in part if q.id not in self.boxes}.values())
+                self.boxes |= zip([q.id for q in new], self.stage.maker.make([q.text for q in new], (config.seed,))
+                                  if config.tools and not self.alone else [Toolbox("composition", [], 0)] * len(new))
+                traces = [Trace(q.text, self.tools(q), (config.seed, "play", q.id, sample)) for q, sample in part]
+                run_episodes(agent, backend, traces, closed_book=not config.tools)
+                seconds = (time.perf_counter() - start) / len(part)
+                lines = [{"by": by, "id": q.id, "sample": sample, "seconds": seconds, **describe(trace, q, self.boxes[q.id])}
+                         for (q, sample), trace in zip(part, traces)]
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                file.flush()
+                done |= {(line["id"], line["sample"]): line for line in lines}
+        return [done[q.id, sample] for q in items for sample in range(config.samples)]
+
+
+def read_lines(path: Path, by: str) -> dict[tuple[str, int], dict]:
+    """The lines that an earlier run left, by question and sample; one that was cut off in writing is taken out."""
+    done: dict[tuple[str, int], dict] = {}
+    if not path.exists():
+        return done
+    text = path.read_bytes()
+    whole = text[:text.rfind(b"\n") + 1]
+    for number, row in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(row)
+            done[line["id"], line["sample"]] = line
+            stranger = line["by"] != by
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: line {number} is none that this command wrote; name another file") from None
+        if stranger:
+            raise InputError(f"{path}: holds what another model, other questions or other settings gave; name another file")
+    if whole != text:
+        path.write_bytes(whole)
+    return done
+
+
+def digest(*values: object) -> str:
+    """Eight digits for who played, with which settings, on what."""
+    return f"{zlib.crc32(repr(values).encode()):08x}"
+
+
+def evaluate_files(config: EvalConfig) -> list[dict]:
+    """A row for each question file, or for each held-out set of a run. Beside OUT/eval/NAME.json, the row: NAME.jsonl
+    with every trace, from which a stopped evaluation goes on, and for official formats the prediction file."""
+    files, read = config.data, [read_questions(file, config.skip_bad) for file in config.data]
+    cast, folder, rows = Cast(config), Path(config.out) / "eval", []
+    if not files:
+        files = write_questions([q for q in make_questions(cast.world) if q.set in HELD_OUT], Path(config.out) / "heldout")
+        read = [read_questions(file) for file in files]
+    folder.mkdir(parents=True, exist_ok=True)
+    with cast.world.sealed() if cast.world and config.backend != "real" else nullcontext():
+        for file, (items, bad) in zip(files, read):
+            name = f"{items[0].set}-{digest(cast.settings, fingerprint(file))}"
+            lines = cast.play(items, folder / f"{name}.jsonl", name, describe_answer)
+            rows.append({"set": items[0].set, "rule": items[0].rule, **result_row(lines, config.samples), "bad": len(bad),
+                         "model": cast.name, "backend": cast.backend, "temperature": config.temperature})
+            (folder / f"{name}.json").write_text(json.dumps(rows[-1], indent=2) + "\n", encoding="utf-8")
+            if items[0].rule not in ("common", "bamboogle"):
+                write_predictions(items, [line["prediction"] for line in lines[::config.samples]], folder / f"{name}.predictions")
+    return rows
+
+
+def describe_answer(trace: Trace, item: Item, box: Toolbox) -> dict:
+    """What evaluation writes down of a trace."""
+    said = trace.answer if trace.status == "answered" else ""
+    return {"prediction": said, **measure(trace, item.golds, item.rule), "status": trace.status, "story": trace.story()}
+
+
+def result_row(lines: list[dict], samples: int) -> dict:
+    """n, EM and F1 with their intervals over the questions, the other columns, seconds."""
+    row = {"n": len(lines) // samples, "samples": samples}
+    for name in ("em", "f1"):
+        by_question = np.array([line[name] for line in lines]).reshape(-1, samples).mean(1)
+        row |= {name: float(by_question.mean()), f"{name}_low": interval(by_question)[0], f"{name}_high": interval(by_question)[1]}
+    return row | means(lines) | {"seconds": sum(line["seconds"] for line in lines)}
+
+
+def why_not(trace: Trace, item: Item) -> str:
+    """Why a trace of stage 0 isn't kept; "" if it is."""
+    if trace.status != "answered":
+        return f"{trace.status}: {trace.turns[-1].error or 'too many turns or tokens'}" if trace.turns else "no room for the question"
+    if refused := [call.error for call in trace.calls if call.error]:
+        return f"refused call: {refused[0]}"[:40]
+    if not normalize(trace.answer) or not exact_match(trace.answer, item.golds):
+        return "wrong answer"
+    first = trace.turns[0].thought
+    return "answer in the first thought" * any(holds(first, g) and not holds(item.text, g) for g in item.golds)
+
+
+def describe_teaching(trace: Trace, item: Item, box: Toolbox) -> dict:
+    """What stage 0 writes down of a trace."""
+    why = why_not(trace, item)
+    return {"why": why, "conversations": [] if why else to_records(trace, box), "story": trace.story()}
+
+
+def teach(config: TracesConfig) -> Counter:
+    """Stage 0: a teacher's traces over question files, to config.out -> how many were kept (""), and why others not."""
+    read, cast, path = [read_questions(file, config.skip_bad) for file in config.data], Cast(config), Path(config.out)
+    items = [replace(item, id=f"{item.set} {item.id}") for items, _ in read for item in items]
+    by = digest(cast.settings, fingerprint(*config.data))
+    return Counter(line["why"] for line in cast.play(items, path, by, describe_teaching))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S cache slots (keys), D width, H heads, K kv-heads, Dh head width, V vocabulary.
 Parameters bear the names of a Qwen2.5 checkpoint, so loading one is a few strict lines.
 """
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -16,11 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data import InputError
+
 # --------------------------------------------------------------------------------------------- config
-
-
-class InputError(ValueError):
-    """A user's mistake: one line that names the culprit and what was expected; programs exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -435,6 +434,16 @@ class Sampler:
 
 
 # --------------------------------------------------------------------------------------- checkpoints
+
+
+def fingerprint(*paths: Path) -> str:
+    """Eight digits that tell files apart by what stands in them; of a model folder its weights."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for part in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]:
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:8]
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:

@@ -2,7 +2,8 @@
 
   python mtr.py                 the miniature: world -> traces -> SFT -> GRPO -> evaluation, minutes on a CPU
   python mtr.py ask "question"  the three agents on one question of your own about the fictional world
-  python mtr.py eval            the trained agent on the held-out questions once more
+  python mtr.py eval            the trained agent, or any checkpoint, on its held-out questions or the benchmarks' files
+  python mtr.py traces          stage 0: a teacher checkpoint's traces over question files, for sft.py --traces
   python mtr.py show            what a run left: its table, one question before and after GRPO
 """
 import argparse
@@ -10,7 +11,7 @@ import json
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import grpo
@@ -19,8 +20,8 @@ from agents import Tool, ToolActor, Trace, run_episodes
 from data.score import exact_match, f1
 from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
-from grpo import GRPOConfig, Stage, evaluate
-from model import InputError, Transformer, load_model, read_json
+from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, evaluate_files, open_run, teach
+from model import Transformer, load_model, read_json
 from sft import SFTConfig, option
 
 TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5),
@@ -79,7 +80,7 @@ def report(config: RunConfig, second: GRPOConfig, most: int | None) -> tuple[dic
             ("grpo_real", "grpo", Real(world.real))]
     for name, model, backend in sft.tqdm(plan, desc="rows", unit="row"):
         with nullcontext() if isinstance(backend, Real) else world.sealed():
-            row, traces[name] = evaluate(stage, models[model], held_out, backend, closed_book=name == "closed_book")
+            row, traces[name] = grpo.evaluate(stage, models[model], held_out, backend, closed_book=name == "closed_book")
         rows.append({"row": name, **row})
     results = {"seed": config.seed, "actor_recall": actor_recall(stage, world),
                "actor_fidelity": actor_fidelity(traces["grpo"], world), "maker": maker_report(stage, held_out), "rows": rows}
@@ -94,7 +95,7 @@ def majority(questions: list[Question], held_out: list[Question]) -> dict:
     of = {s: [right[q.id] for q in held_out if q.set == s] for s in HELD_OUT}
     return {"row": "majority", "n": len(held_out), "em_greedy": em, "em_sampled": em, "grammar": None,
             "f1": sum(f1(answer, q.golds) for q in held_out) / len(held_out), "valid_calls": None, "support": None,
-            "calls": 0.0, "by_set": {s: sum(v) / len(v) for s, v in of.items() if v}}
+            "calls": 0.0, "length": None, "by_set": {s: sum(v) / len(v) for s, v in of.items() if v}}
 
 
 def actor_recall(stage: Stage, world: World) -> float:
@@ -186,17 +187,6 @@ def draw_curves(out: Path) -> None:
     plt.close(figure)
 
 
-def open_run(out: str) -> tuple[Stage, Transformer, World]:
-    """What a finished run left: frozen tools, trained agent, world."""
-    folder = Path(out)
-    for part in ("sft", "grpo"):
-        if not (folder / part / "model").is_dir():
-            raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
-    config = GRPOConfig(**read_json(folder / "grpo" / "config.json"))
-    stage = Stage(folder / "sft" / "model", config)
-    return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_json(folder / "sft" / "config.json")["seed"])
-
-
 def ask(out: str, question: str) -> None:
     """The three agents on one question."""
     stage, model, world = open_run(out)
@@ -208,14 +198,26 @@ def ask(out: str, question: str) -> None:
     print(f"AutoAgent and ToolActor:\n{trace.story()}")
 
 
-def evaluate_run(out: str, backend: str) -> None:
-    """The trained agent on the held-out questions."""
-    stage, model, world = open_run(out)
-    held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
-    stage.make_tools(held_out)
-    with nullcontext() if backend == "real" else world.sealed():
-        row, _ = evaluate(stage, model, held_out, Real(world.real) if backend == "real" else None)
-    print(json.dumps({"backend": backend, **row}, indent=2))
+def evaluate(config: EvalConfig) -> None:
+    """Question files, or a run's held-out sets, a row each."""
+    rows = evaluate_files(config)
+    print(f"{'set':<24}{'rule':<11}{'n':>6}{'EM':>7}{'95 %':>15}{'F1':>7}{'95 %':>15}{'grammar':>9}{'valid':>7}{'support':>9}"
+          f"{'calls':>7}{'length':>8}{'seconds':>9}{'bad':>5}")
+    for r in rows:
+        valid = "-" if r["valid_calls"] is None else f"{r['valid_calls']:.3f}"
+        print(f"{r['set']:<24.23}{r['rule']:<11}{r['n']:>6}" + "".join(
+            f"{r[m]:>7.3f}{r[m + '_low']:>8.3f}-{r[m + '_high']:.3f} " for m in ("em", "f1")) +
+            f"{r['grammar']:>8.3f}{valid:>7}{r['support']:>9.3f}{r['calls']:>7.2f}{r['length']:>8.1f}{r['seconds']:>9.1f}{r['bad']:>5}")
+    print(f"agent {rows[0]['model']}; calls answered by {rows[0]['backend']}; samples {rows[0]['samples']} at temperature "
+          f"{rows[0]['temperature']}. Rules: the benchmarks' own; common and bamboogle have none, F1 there is SQuAD 2.0's.")
+
+
+def traces(config: TracesConfig) -> None:
+    """Stage 0, and the report of what was kept."""
+    why = teach(config)
+    kept, total = why.pop("", 0), why.total()
+    print(f"kept {kept} of {kept + total} traces" + "".join(f"\n  {n:>6}  {reason}" for reason, n in why.most_common()))
+    print(f"learn from them with: python sft.py --model {config.model} --traces {config.out} --out RUN")
 
 
 def main() -> None:
@@ -223,20 +225,23 @@ def main() -> None:
     parser = sft.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sft.add_options(parser, RunConfig)
     commands = parser.add_subparsers(dest="command", title="commands", parser_class=sft.Parser)
-    for name, meaning in (("ask", "answer one question"), ("eval", "evaluate again"), ("show", "print what a run left")):
+    for name, meaning, options in (("ask", "answer one question", None), ("eval", "evaluate on question files", EvalConfig),
+                                   ("traces", "stage 0: a teacher's traces", TracesConfig), ("show", "print what a run left", None)):
         command = commands.add_parser(name, help=meaning, description=meaning)
-        command.add_argument("--out", default="run", help="run folder (default: run)")
+        if options:
+            sft.add_options(command, options)
+        else:
+            command.add_argument("--out", default="run", help="run folder (default: run)")
         if name == "ask":
             command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
-        if name == "eval":
-            command.add_argument("--backend", choices=("simulated", "real"), default="simulated",
-                                 help="who answers the calls: the ToolActor, or the world itself")
     options = vars(parser.parse_args())
     command = options.pop("command")
     if command == "ask":
         ask(options["out"], options["question"])
     elif command == "eval":
-        evaluate_run(options["out"], options["backend"])
+        evaluate(EvalConfig(**{f.name: options[f.name] for f in fields(EvalConfig)}))
+    elif command == "traces":
+        traces(TracesConfig(**{f.name: options[f.name] for f in fields(TracesConfig)}))
     elif command == "show":
         show(options["out"])
     else:

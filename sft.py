@@ -37,10 +37,12 @@ def option(default, meaning: str, **more):
 
 @dataclass
 class SFTConfig:
-    """What stage 1 can be told. The model's shape is the miniature's."""
+    """What stage 1 can be told. The shape is the miniature's, of a model that starts from random weights."""
     out: str = option("run", "run folder; this stage writes its part to OUT/sft")
     seed: int = option(0, "world, teacher, weights and batches all follow from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
+    model: str = option("", "checkpoint folder to start from, in place of random weights")
+    traces: str = option("", "file that mtr.py traces wrote, in place of the fictional teacher's conversations")
     steps: int = option(1400, "optimizer steps")
     agent_tokens: int = option(1300, "tokens a step of AutoAgent's conversations, padding included")
     maker_tokens: int = option(650, "of ToolMaker's")
@@ -90,7 +92,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     for f in fields(config_class):
         of = (get_args(f.type) or (f.type,))[0]  # float of float | None
         kind = {"action": argparse.BooleanOptionalAction} if of is bool else {"type": of}
-        default = "the loss's own" if f.default is None else f.default
+        kind |= {"type": str, "nargs": "+", "metavar": "FILE"} if f.default == () else {}
+        default = f.metadata.get("unset", "the loss's own") if f.default is None else "none" if f.default in ("", ()) else f.default
         text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")  # argparse formats it
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text,
                             choices=f.metadata.get("choices"), **kind)
@@ -230,7 +233,7 @@ def pad(traces: list[Trace], device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 def agent_pieces(record: dict) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
     """A teacher's AutoAgent conversation -> prompt, then for each turn what it says and what it hears back."""
-    tools = [*agents.check_tools(record["tools"]), *(agents.UTILITIES[u] for u in agents.KINDS[record["kind"]])]
+    tools = [*(Tool(**tool) for tool in record["tools"]), *(agents.UTILITIES[u] for u in agents.KINDS[record["kind"]])]
     spoken = []
     for said in record["turns"]:
         text = f"<think>{said['thought']}</think>"
@@ -265,6 +268,44 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
         trace.say(tokenizer.encode([*said, agents.IM_END]))
         trace.hear(tokenizer.encode(heard))
     return trace
+
+
+def to_records(trace: Trace, box: agents.Toolbox) -> list[dict]:
+    """A trace that a model led -> the conversations of all three roles in it, as a teacher's."""
+    def parts(tool: Tool) -> dict:
+        return {k: v for k, v in vars(tool).items() if k in ("name", "description", "parameters", "returns", "source") and v}
+
+    tools = {tool.name: tool for tool in trace.tools if tool.name not in agents.UTILITIES}
+    turns = [{"thought": t.thought, "answer": t.answer} if t.answer is not None else
+             {"thought": t.thought, "calls": [{"name": c.name, "arguments": c.arguments} for c in t.calls],
+              "observations": [c.observation for c in t.calls]} for t in trace.turns]
+    records = [{"role": "agent", "question": trace.question, "kind": box.kind, "tools": list(map(parts, tools.values())),
+                "turns": turns}]
+    if box.tries:  # the fallback isn't ToolMaker's own
+        records.append({"role": "maker", "question": trace.question, "thought": box.thought, "kind": box.kind,
+                        "tools": list(map(parts, box.made)), "rejected": box.rejected})
+    return records + [{"role": "actor", "tool": parts(tools[c.name]), "exchanges": [[c.arguments, c.observation]]}
+                      for c in trace.calls if c.name in tools and not tools[c.name].run and c.observation != ToolActor.NO_RESULT]
+
+
+def read_traces(path: str) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """What stage 0 kept, by role: for training, and, of every twentieth question, for the held-out loss. A
+    conversation that several traces have in common counts once."""
+    records: dict[str, dict[str, dict]] = {role: {} for role in ROLES}
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").strip().split("\n"), 1):
+            for record in json.loads(line)["conversations"]:  # none, if the trace wasn't kept
+                pieces(record)
+                records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: line {number} is not what mtr.py traces writes ({type(error).__name__}: {error})") from None
+    if not records["agent"]:
+        raise InputError(f"{path}: none of its {number} traces was kept, there is nothing to learn")
+    held = set(list(dict.fromkeys(record["question"] for record in records["agent"].values()))[19::20])
+    valid = {role: [r for r in records[role].values() if r["question"] in held] for role in ("agent", "maker")}
+    return {role: [r for r in part.values() if r.get("question") not in held] for role, part in records.items()}, valid
 
 
 def cut(traces: list[Trace], tokens: int) -> list[Trace]:
@@ -342,7 +383,8 @@ def new_miniature(config: SFTConfig, texts: list[str], folder: Path) -> tuple[Tr
 def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run, steps: int) -> None:
     """The loop of stage 1: batch, loss, step, log."""
     device, rng = str(model.device), random.Random(f"batches {config.seed}")
-    longest = max(len(trace.ids) for role in ROLES for trace in data[role])
+    roles = [role for role in ROLES if data[role]]
+    longest = max(len(trace.ids) for role in roles for trace in data[role])
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     bar = tqdm(range(steps), desc="sft", unit="step", mininterval=1)
     for step in bar:
@@ -351,20 +393,20 @@ def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run
         if step % config.piece_steps == 0:  # the next stage of the warm-up, in the end the whole conversations
             length = config.piece * 4 ** (step // config.piece_steps)
             now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
-            streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in ROLES]
+            streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in roles]
         losses, tokens = train_step(model, [next(stream) for stream in streams], device)
         norm = optimizer_step(model, optimizer, lr, config.clip_norm)
-        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": lr,
+        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(roles, losses)}, "lr": lr,
                "grad_norm": norm, "tokens": tokens, "time_step": time.perf_counter() - start}
         if step % config.eval_every == 0 or step == steps - 1:
-            row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items()}
+            row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items() if traces}
         run.log(row)
-        bar.set_postfix({role: f"{loss:.3f}" for role, loss in zip(ROLES, losses)}, refresh=False)
+        bar.set_postfix({role: f"{loss:.3f}" for role, loss in zip(roles, losses)}, refresh=False)
 
 
 def prepare(config: SFTConfig) -> tuple[dict[str, list[dict]], dict[str, list[dict]], list[str]]:
     """Conversations for training and for the held-out loss, and the texts that a tokenizer is learned from."""
-    records, valid = teach(config.seed)
+    records, valid = read_traces(config.traces) if config.traces else teach(config.seed)
     texts = ["".join(part) for role in ROLES for record in records[role][:1500] for prompt, turns in [pieces(record)]
              for part in (prompt, *(p for turn in turns for p in turn))]
     texts += [name for names in make_world(config.seed).names.values() for name in names] * 20  # each one token
@@ -377,12 +419,19 @@ def encode(records: dict[str, list[dict]], tokenizer: Tokenizer) -> dict[str, li
 
 
 def train(config: SFTConfig) -> None:
-    """Stage 1 from nothing to OUT/sft/model."""
+    """Stage 1 from nothing, or from config.model, to OUT/sft/model."""
     set_up(config)
-    run = Run(Path(config.out) / "sft", config, COLUMNS)
     records, valid, texts = prepare(config)
-    model, tokenizer = new_miniature(config, texts, run.folder / "model")
-    model.to(pick_device())
+    if config.model:  # which knows how to copy: no need to begin with pieces
+        if Path(config.model).resolve().is_relative_to((Path(config.out) / "sft").resolve()):
+            raise InputError(f"model: {config.model} lies where this run would be written; give another --out")
+        model, tokenizer = load_model(config.model, pick_device()), Tokenizer(config.model)
+        config = replace(config, piece=1_000_000)
+        run = Run(Path(config.out) / "sft", config, COLUMNS)
+    else:
+        run = Run(Path(config.out) / "sft", config, COLUMNS)
+        model, tokenizer = new_miniature(config, texts, run.folder / "model")
+        model.to(pick_device())
     fit(model, encode(records, tokenizer), encode(valid, tokenizer), config, run, config.steps)
     run.save(model, tokenizer)
 

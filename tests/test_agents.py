@@ -428,7 +428,7 @@ RULES = [  # tools, what the message must say
     *(([a_tool(**{part: ...})], PARTS_RULE) for part in ("name", "description", "parameters", "returns")),
     *(([a_tool(name=name)], "name") for name in ("", "a b", "é", "f\n", "f.g", "x" * 65, 3, None, ["f"])),
     ([a_tool(), a_tool()], "taken"), *(([a_tool(name=name)], "taken") for name in agents.UTILITIES),
-    *(([a_tool(description=d)], "description") for d in ("", " \n", "x" * 301, None, 3)),
+    *(([a_tool(description=d)], "description") for d in ("", " \n", "x" * 1025, None, 3)),
 ]
 SCHEMA_RULES = [  # schema, what the message must say
     *((schema, "object") for schema in (None, [], "object", True, {}, {"properties": {}})),
@@ -463,7 +463,7 @@ def test_both_schemas_are_refused_by_the_rule_they_break(schema, message, part):
 
 
 @pytest.mark.parametrize("tool", [
-    a_tool(), a_tool(name="x" * 64), a_tool(name="A-b_9"), a_tool(description="x" * 300),
+    a_tool(), a_tool(name="x" * 64), a_tool(name="A-b_9"), a_tool(description="x" * 1024),
     a_tool(description="é <&"), a_tool(parameters=object_of()),
     a_tool(parameters={"type": "object", "properties": {"a": TEXT}}), a_tool(parameters=nested(4)),
     a_tool(parameters=object_of(a={"enum": ["x", "y"]})),

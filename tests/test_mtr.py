@@ -53,7 +53,7 @@ def test_results_hold_every_row_and_field(run):
     assert set(results["maker"]) == {"valid", "exact", "accepted", "regenerated", "fallback"}
     for row in results["rows"]:
         assert set(row) == {"row", "n", "em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "support", "calls",
-                            "by_set"} and set(row["by_set"]) <= set(HELD_OUT)
+                            "length", "by_set"} and set(row["by_set"]) <= set(HELD_OUT)
 
 
 def test_the_screen_ends_with_the_table_and_a_story(run):

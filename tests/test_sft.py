@@ -19,7 +19,7 @@ from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, ru
 from data.tools import Real
 from data.world import (HELD_OUT, imagined_questions, make_questions, make_world, teach_actor, teach_agent,
                         teach_maker)
-from grpo import GRPOConfig
+from grpo import EvalConfig, GRPOConfig
 from model import InputError, token_logprobs
 from mtr import RunConfig
 from sft import SFTConfig, to_trace
@@ -389,6 +389,7 @@ def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
 CONFIGS = {  # where each is read, and under what name
     SFTConfig: {"sft.py": "config", "mtr.py": "first"},
     GRPOConfig: {"grpo.py": "(?:config|c)", "mtr.py": "second"},
+    EvalConfig: {"grpo.py": "(?:config|c)"},
     RunConfig: {"mtr.py": "config"}}
 
 
