@@ -116,9 +116,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """positions (B, T) -> angles (B, T, Dh/2) in float32: position · theta^(-2i/Dh) (Su et al. 2021, eq. 15)."""
+    """positions (B, T) -> angles (B, T, Dh/2) in float32: position / theta^(2i/Dh) (Su et al. 2021, eq. 15)."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    return positions[..., None].float() * theta ** (-i / head_dim)
+    # In this order, as transformers rounds it: far out another order turns by other angles (2e-3 at 30,000).
+    return positions[..., None].float() * (1 / theta ** (i / head_dim))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
