@@ -173,14 +173,14 @@ class Tool:
 MAX_TOOLS, MAX_DEPTH, MAX_DESCRIPTION = 8, 6, 300
 
 
-def check_tools(tools: list[dict]) -> list[Tool]:
-    """What the ToolMaker wrote -> tools, or Rejected.
+def check_tools(tools: list[dict], most: int = MAX_TOOLS, longest: int = MAX_DESCRIPTION) -> list[Tool]:
+    """What the ToolMaker, or a user, wrote -> tools, or Rejected.
 
     Checked: the four parts and no other; name of 1 to 64 letters, digits, _ or -, used once and by no utility
     tool; a description; both schemas valid JSON Schema, of type object with properties, required among them, no
     $ref, no pattern, no deep nesting. Not checked: that the tool is of any use, or that the description is true."""
-    if not 1 <= len(tools) <= MAX_TOOLS:
-        raise Rejected(f"not 1 to {MAX_TOOLS} tools" if tools else "no tools")
+    if not 1 <= len(tools) <= most:
+        raise Rejected(f"not 1 to {most} tools" if tools else "no tools")
     made = []
     for tool in tools:
         if not isinstance(tool, dict) or set(tool) != {"name", "description", "parameters", "returns"}:
@@ -189,7 +189,7 @@ def check_tools(tools: list[dict]) -> list[Tool]:
             raise Rejected("bad tool name")
         if tool["name"] in UTILITIES or any(tool["name"] == other.name for other in made):
             raise Rejected("tool name taken")
-        if not isinstance(tool["description"], str) or not 0 < len(tool["description"].strip()) <= MAX_DESCRIPTION:
+        if not isinstance(tool["description"], str) or not 0 < len(tool["description"].strip()) <= longest:
             raise Rejected("bad description")
         check_schema(tool["parameters"])
         check_schema(tool["returns"])
@@ -262,6 +262,17 @@ class Turn:
     calls: list[Call] = field(default_factory=list)
     answer: str | None = None
     error: str | None = None
+
+    def said(self) -> list[str]:
+        """For people: thought, calls, answer, a line each."""
+        calls = [f"  calls     {c.name}({', '.join(f'{k}={v!r}' for k, v in c.arguments.items())})" for c in self.calls]
+        return [*([f"  thinks    {self.thought}"] if self.thought else []), *calls,
+                *([f"  answers   {self.answer}"] if self.answer is not None else []),
+                *([f"  malformed {self.error}"] if self.error else [])]
+
+    def heard(self) -> list[str]:
+        """For people: what came back, a line a call."""
+        return [f"  observes  {result_text(c.observation)}" for c in self.calls]
 
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*?)\s*", re.DOTALL)
@@ -356,15 +367,8 @@ class Trace:
                 "tools": [tool.schema for tool in self.tools], "ids": self.ids, "mask": self.mask}
 
     def story(self) -> str:
-        """For people: thought, call, observation, answer, a line each."""
-        lines = []
-        for t in self.turns:
-            lines += [f"  thinks    {t.thought}"] if t.thought else []
-            for c in t.calls:
-                lines += [f"  calls     {c.name}({', '.join(f'{k}={v!r}' for k, v in c.arguments.items())})",
-                          f"  observes  {result_text(c.observation)}"]
-            lines += [f"  answers   {t.answer}"] if t.answer is not None else []
-            lines += [f"  malformed {t.error}"] if t.error else []
+        """For people: all turns, and how it ended if not with an answer."""
+        lines = [line for t in self.turns for line in (*t.said(), *t.heard())]
         return "\n".join([*lines, *([f"  {self.status}"] if self.status != "answered" else [])])
 
 
@@ -481,10 +485,10 @@ def say_once(sampler, prompts: list[list[int]], limit: int, temperature: float, 
 class ToolActor:
     """Plays the tools. It is told the tool's definition and the call: never the question, never the gold answer.
     Greedy and remembered, so a world that it makes up is at least one world."""
-    TRIES, LIMIT, MEMORY = 3, 64, 100_000
+    TRIES, MEMORY = 3, 100_000
 
-    def __init__(self, sampler):
-        self.sampler = sampler
+    def __init__(self, sampler, limit: int = 64):
+        self.sampler, self.limit = sampler, limit  # limit: tokens of a result
         self.memo: OrderedDict[str, dict] = OrderedDict()
         self.asked = self.remembered = self.invalid = 0
 
@@ -503,7 +507,7 @@ class ToolActor:
             if not todo:
                 break
             prompts = [self.sampler.tokenizer.encode(self.prompt(tool.definition, args)) for tool, args in todo.values()]
-            replies = say_once(self.sampler, prompts, self.LIMIT, float(attempt > 0), [(k, attempt) for k in todo])
+            replies = say_once(self.sampler, prompts, self.limit, float(attempt > 0), [(k, attempt) for k in todo])
             for (key, (tool, _)), reply in zip(list(todo.items()), replies):
                 observation = parse_observation(tool, reply)
                 if observation is not None or attempt == self.TRIES - 1:
@@ -542,10 +546,10 @@ class Toolbox:
 class ToolMaker:
     """Classification, then generation, then validation (figure 1a): what is rejected is written again with the
     reason in the prompt; after three tries the question gets the one general tool."""
-    TRIES, LIMIT = 3, 480
+    TRIES = 3
 
-    def __init__(self, sampler):
-        self.sampler = sampler
+    def __init__(self, sampler, limit: int = 480):
+        self.sampler, self.limit = sampler, limit  # limit: tokens of a reply
 
     @staticmethod
     def prompt(question: str, rejected: str = "") -> list[str]:
@@ -566,7 +570,7 @@ class ToolMaker:
             todo = [i for i, box in enumerate(boxes) if box is None]
             prompts = [self.sampler.tokenizer.encode(self.prompt(questions[i], reasons[i])) for i in todo]
             keys = [(*key, questions[i], attempt) for i in todo]
-            for i, reply in zip(todo, say_once(self.sampler, prompts, self.LIMIT, float(attempt > 1), keys)):
+            for i, reply in zip(todo, say_once(self.sampler, prompts, self.limit, float(attempt > 1), keys)):
                 try:
                     boxes[i] = Toolbox(*parse_tools(reply), attempt)
                 except Rejected as error:

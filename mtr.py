@@ -2,6 +2,7 @@
 
   python mtr.py                 the miniature: world -> traces -> SFT -> GRPO -> evaluation, minutes on a CPU
   python mtr.py ask "question"  the three agents on one question of your own about the fictional world
+  python mtr.py ask --model FOLDER "question"   a Qwen2.5 checkpoint in all three roles; --tools FILE for your own tools
   python mtr.py eval            the trained agent on the held-out questions once more
   python mtr.py show            what a run left: its table, one question before and after GRPO
 """
@@ -13,14 +14,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import grpo
 import sft
-from agents import Tool, ToolActor, Trace, run_episodes
+from agents import AutoAgent, Rejected, Tool, ToolActor, ToolMaker, Trace, check_tools, run_calls
 from data.score import exact_match, f1
 from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
 from grpo import GRPOConfig, Stage, evaluate
-from model import InputError, Transformer, load_model, read_json
+from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json
 from sft import SFTConfig, option
 
 TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5),
@@ -197,15 +200,72 @@ def open_run(out: str) -> tuple[Stage, Transformer, World]:
     return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_json(folder / "sft" / "config.json")["seed"])
 
 
-def ask(out: str, question: str) -> None:
-    """The three agents on one question."""
-    stage, model, world = open_run(out)
-    box = stage.maker.make([question])[0]
-    print(f"ToolMaker: {box.kind}" + "".join(f"\n  {tool.definition}" for tool in box.tools))
-    trace = Trace(question, box.tools, (0, question))
-    with world.sealed():
-        run_episodes(stage.agent(model, 1, 0.0), stage.actor, [trace])
-    print(f"AutoAgent and ToolActor:\n{trace.story()}")
+TURNS, TURN_TOKENS = 8, 512  # of a checkpoint's AutoAgent; what it hears may be as long again as what it says
+
+
+def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[ToolMaker, AutoAgent, ToolActor]:
+    """A Qwen2.5 checkpoint in all three roles, with a KV cache that holds the longest trace."""
+    device = sft.pick_device()
+    model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_(False)
+    tokenizer, room = Tokenizer(folder), model.config.max_position_embeddings
+    prompt = len(tokenizer.encode(AutoAgent.prompt(question, tools)))
+    if prompt >= room:
+        raise InputError(f"question: with its tools {prompt} tokens, the checkpoint in {folder} has room for {room}")
+    slots = min(room, prompt + 2 * TURNS * TURN_TOKENS)
+    other = Sampler(model, tokenizer, 1, slots)
+    return (ToolMaker(other, 2 * TURN_TOKENS), AutoAgent(Sampler(model, tokenizer, 1, slots), TURNS, TURN_TOKENS, slots, 0.0),
+            ToolActor(other, TURN_TOKENS))
+
+
+def read_tools(path: str) -> list[Tool]:
+    """Tools of a user's own: a JSON list of OpenAI's function schemas or of the ToolMaker's four parts. OpenAI's don't
+    say what comes back: any object does. InputError names the file and the first bad tool."""
+    free, parts = {"type": "object", "properties": {}}, []
+    for tool in read_json(path, list):
+        part = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if isinstance(part, dict):
+            part = {"parameters": free, "returns": free, **{k: v for k, v in part.items() if k not in ("type", "strict")}}
+        parts.append(part)
+        try:
+            tools = check_tools(parts, most=len(parts), longest=10_000)
+        except Rejected as error:
+            raise InputError(f"{path}: tool {len(parts)}: {error}") from None
+    if not parts:
+        raise InputError(f"{path}: expected at least one tool")
+    return tools
+
+
+def ask(out: str, question: str, model: str | None, tools: str | None) -> None:
+    """The three agents on one question, each part shown as it comes. With a checkpoint folder that one plays all three;
+    with a file of tools the ToolMaker isn't asked."""
+    own = read_tools(tools) if tools else []
+    if model:
+        (maker, agent, actor), sealed = open_checkpoint(model, question, own), nullcontext()
+    else:
+        stage, policy, world = open_run(out)
+        maker, agent, actor, sealed = stage.maker, stage.agent(policy, 1, 0.0), stage.actor, world.sealed()
+    if not own:
+        box = maker.make([question])[0]
+        own = box.tools
+        say(f"ToolMaker: {box.kind}" + ("" if box.tries else "; what it wrote was rejected, so there is one general tool"))
+        print("\n".join(f"  {tool.definition}" for tool in own))
+    say("AutoAgent and ToolActor:")
+    trace = Trace(question, own, (0, question))
+    with sealed:
+        agent.meet([trace])
+        while trace.status == "open":  # agents.run_episodes, told as it happens
+            start = len(trace.ids)
+            agent.act([trace])
+            turn = trace.turns[-1]
+            print("\n".join(turn.said()), flush=True)
+            if turn.error:
+                print(f"  it said   {agent.sampler.tokenizer.decode(trace.ids[start:])!r}")
+            if trace.status == "open":
+                run_calls([trace], actor)
+                print("\n".join(turn.heard()), flush=True)
+                agent.observe([trace])
+    if trace.status == "truncated":
+        print("  truncated", flush=True)
 
 
 def evaluate_run(out: str, backend: str) -> None:
@@ -228,13 +288,15 @@ def main() -> None:
         command.add_argument("--out", default="run", help="run folder (default: run)")
         if name == "ask":
             command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
+            command.add_argument("--model", metavar="FOLDER", help="a Qwen2.5 checkpoint in all three roles, instead of the run's")
+            command.add_argument("--tools", metavar="FILE", help="JSON list of OpenAI function schemas, instead of the ToolMaker's")
         if name == "eval":
             command.add_argument("--backend", choices=("simulated", "real"), default="simulated",
                                  help="who answers the calls: the ToolActor, or the world itself")
     options = vars(parser.parse_args())
     command = options.pop("command")
     if command == "ask":
-        ask(options["out"], options["question"])
+        ask(options["out"], options["question"], options["model"], options["tools"])
     elif command == "eval":
         evaluate_run(options["out"], options["backend"])
     elif command == "show":
