@@ -41,7 +41,7 @@ def make_folder(folder: Path) -> None:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS])
     bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}')
     model = Transformer(SHAPE).bfloat16()
     for weight in model.parameters():
         weight.data.normal_(std=0.02)
@@ -91,12 +91,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         for dtype in DTYPES:
-            runs = {side: [] for side in SIDES}
-            for i in range(ROUNDS + 1):
-                for side in SIDES:
-                    runs[side] += [measure(side, folder, dtype)] if i else [measure(side, folder, dtype)][:0]
+            turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES][len(SIDES):]
             for side in SIDES:
-                seconds, peak, grown = (statistics.median(values) for values in zip(*runs[side]))
+                seconds, peak, grown = (statistics.median(v) for v in zip(*(values for s, values in turns if s == side)))
                 result[f"{side}_{dtype}"] = {"seconds": round(seconds, 3), "peak_gb": round(peak, 3), "load_gb": round(grown, 3)}
                 print(f"{dtype:<9} {side:<13} {seconds:7.3f} s   peak {peak:.3f} GB, {grown:.3f} of it by the load", flush=True)
     print(json.dumps(result))

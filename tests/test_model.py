@@ -651,6 +651,13 @@ def test_a_saved_folder_is_whole(folder, tokenizer):
     assert Tokenizer(folder).stop_ids == tokenizer.stop_ids
 
 
+def test_a_chat_template_in_a_file_of_its_own_is_kept(folder, tmp_path):
+    """As newer writers of the format have it."""
+    (folder / "chat_template.jinja").write_text("{{ 'é' }}\n", encoding="utf-8")
+    save_model(load_model(folder), Tokenizer(folder), tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ 'é' }}\n"
+
+
 def shard(folder):
     """Two shards and their index; beside them two strays, one of other numbers and one of none."""
     weights = load_file(folder / "model.safetensors")
@@ -757,6 +764,10 @@ BROKEN = {  # what was done to a good folder, what the message must name
     "a width in quotes": (config(hidden_size="32"), "hidden_size"),
     "another number of kv-heads": (config(num_key_value_heads=1), "k_proj"),
     "no heads": (config(num_attention_heads=0), "num_attention_heads"),
+    "a width below 0": (config(hidden_size=-32), "hidden_size"),
+    "theta is not a number": (config(rope_theta=math.nan), "rope_theta"),
+    "heads that kv-heads don't divide": (config(num_key_value_heads=3), "num_key_value_heads 3"),
+    "rotary parameters of another kind": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_type"),
     "fewer rows than ids": (shrink, "vocab_size"),
     "no weights": (without("model.safetensors"), "model.safetensors"),
     "weights cut short": (truncate, "model.safetensors"),
