@@ -54,7 +54,8 @@ class ModelConfig:
         want = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
         for f in fields(ModelConfig):
             value = raw.get(f.name)
-            if type(value) not in ((int, float) if f.type is float else (f.type,)) or f.type is not bool and not value > 0:
+            fits = type(value) in ((int, float) if f.type is float else (f.type,))
+            if not fits or f.type is not bool and not value > 0:
                 raise InputError(f"{folder / 'config.json'}: {f.name} should be {want[f.type]}, found {value!r}")
         config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -192,8 +193,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.known_ids = known_ids or config.vocab_size  # rows above the tokenizer's last id are never scored
+        rows = torch.empty(config.vocab_size, config.hidden_size)  # as in Linear: nothing is drawn here
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False),
+            "embed_tokens": nn.Embedding.from_pretrained(rows, freeze=False),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
@@ -533,8 +535,10 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         folder = Path(folder)
-        self.files = {"tokenizer.json": read_text(folder / "tokenizer.json")} | {
-            name: read_text(folder / name) for name in ("tokenizer_config.json", "chat_template.jinja") if (folder / name).exists()}
+        self.files = {"tokenizer.json": read_text(folder / "tokenizer.json")}
+        for name in ("tokenizer_config.json", "chat_template.jinja"):  # kept to be saved again
+            if (folder / name).exists():
+                self.files[name] = read_text(folder / name)
         try:
             self.full, self.plain, self.control = _parse_tokenizer(self.files["tokenizer.json"])
             self.end = self.control["<|im_end|>"]

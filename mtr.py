@@ -2,7 +2,7 @@
 
   python mtr.py                 the miniature: world -> traces -> SFT -> GRPO -> evaluation, minutes on a CPU
   python mtr.py ask "question"  the three agents on one question of your own about the fictional world
-  python mtr.py ask --model FOLDER "question"   a Qwen2.5 checkpoint in all three roles; --tools FILE for your own tools
+  python mtr.py ask --model FOLDER "question"   a Qwen2.5 checkpoint plays all three; --tools FILE: your own tools
   python mtr.py eval            the trained agent on the held-out questions once more
   python mtr.py show            what a run left: its table, one question before and after GRPO
 """
@@ -213,8 +213,8 @@ def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[Tool
         raise InputError(f"question: with its tools {prompt} tokens, the checkpoint in {folder} has room for {room}")
     slots = min(room, prompt + 2 * TURNS * TURN_TOKENS)
     other = Sampler(model, tokenizer, 1, slots)
-    return (ToolMaker(other, 2 * TURN_TOKENS), AutoAgent(Sampler(model, tokenizer, 1, slots), TURNS, TURN_TOKENS, slots, 0.0),
-            ToolActor(other, TURN_TOKENS))
+    agent = AutoAgent(Sampler(model, tokenizer, 1, slots), TURNS, TURN_TOKENS, slots, temperature=0.0)
+    return ToolMaker(other, 2 * TURN_TOKENS), agent, ToolActor(other, TURN_TOKENS)
 
 
 def read_tools(path: str) -> list[Tool]:
@@ -224,7 +224,8 @@ def read_tools(path: str) -> list[Tool]:
     for tool in read_json(path, list):
         part = tool.get("function", tool) if isinstance(tool, dict) else tool
         if isinstance(part, dict):
-            part = {"parameters": free, "returns": free, **{k: v for k, v in part.items() if k not in ("type", "strict")}}
+            known = {name: value for name, value in part.items() if name not in ("type", "strict")}
+            part = {"parameters": free, "returns": free, **known}
         parts.append(part)
         try:
             tools = check_tools(parts, most=len(parts), longest=10_000)
@@ -247,7 +248,7 @@ def ask(out: str, question: str, model: str | None, tools: str | None) -> None:
     if not own:
         box = maker.make([question])[0]
         own = box.tools
-        say(f"ToolMaker: {box.kind}" + ("" if box.tries else "; what it wrote was rejected, so there is one general tool"))
+        say(f"ToolMaker: {box.kind}" + ("" if box.tries else "; what it wrote was rejected: the general tool"))
         print("\n".join(f"  {tool.definition}" for tool in own))
     say("AutoAgent and ToolActor:")
     trace = Trace(question, own, (0, question))
@@ -288,8 +289,8 @@ def main() -> None:
         command.add_argument("--out", default="run", help="run folder (default: run)")
         if name == "ask":
             command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
-            command.add_argument("--model", metavar="FOLDER", help="a Qwen2.5 checkpoint in all three roles, instead of the run's")
-            command.add_argument("--tools", metavar="FILE", help="JSON list of OpenAI function schemas, instead of the ToolMaker's")
+            command.add_argument("--model", metavar="FOLDER", help="a Qwen2.5 checkpoint to play all three roles")
+            command.add_argument("--tools", metavar="FILE", help="JSON list of OpenAI function schemas, not the ToolMaker's")
         if name == "eval":
             command.add_argument("--backend", choices=("simulated", "real"), default="simulated",
                                  help="who answers the calls: the ToolActor, or the world itself")

@@ -91,11 +91,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         for dtype in DTYPES:
-            turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES][len(SIDES):]
+            turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES]
             for side in SIDES:
-                seconds, peak, grown = (statistics.median(v) for v in zip(*(values for s, values in turns if s == side)))
-                result[f"{side}_{dtype}"] = {"seconds": round(seconds, 3), "peak_gb": round(peak, 3), "load_gb": round(grown, 3)}
-                print(f"{dtype:<9} {side:<13} {seconds:7.3f} s   peak {peak:.3f} GB, {grown:.3f} of it by the load", flush=True)
+                runs = [values for s, values in turns[len(SIDES):] if s == side]
+                seconds, peak, grown = (round(statistics.median(values), 3) for values in zip(*runs))
+                result[f"{side}_{dtype}"] = {"seconds": seconds, "peak_gb": peak, "load_gb": grown}
+                print(f"{dtype:<9} {side:<13} {seconds:7.3f} s   peak {peak} GB, {grown} of it by the load", flush=True)
     print(json.dumps(result))
 
 

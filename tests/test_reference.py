@@ -27,16 +27,21 @@ SHAPES = [(heads, kv_heads, tied) for heads, kv_heads in ((4, 4), (4, 2), (7, 1)
 FAR = 30_000
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda p: f"{p[0] // p[1]} heads a kv-head, {'' if p[2] else 'un'}tied")
+def shape_name(shape):
+    return f"{shape[0] // shape[1]} heads a kv-head, {'' if shape[2] else 'un'}tied"
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=shape_name)
 def pair(request, tokenizer, tmp_path_factory):
     """transformers' Qwen2 with random weights, biases and norms, and ours, read from the shards that it wrote."""
     heads, kv_heads, tied = request.param
-    config = Qwen2Config(vocab_size=tokenizer.size + 12, hidden_size=16 * heads, intermediate_size=96, num_hidden_layers=3,
-                         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    config = Qwen2Config(vocab_size=tokenizer.size + 12, hidden_size=16 * heads, intermediate_size=96,
+                         num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                         tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     theirs, rng = Qwen2ForCausalLM(config).eval(), torch.Generator().manual_seed(heads)
     for name, weight in theirs.named_parameters():
-        scale = 0.5 if weight.dim() == 1 else 0.2 if "embed" in name or "lm_head" in name else 2 * weight.shape[-1] ** -0.5
+        scale = 0.5 if weight.dim() == 1 else 2 * weight.shape[-1] ** -0.5
+        scale = 0.2 if "embed" in name or "lm_head" in name else scale
         weight.data = scale * torch.randn(weight.shape, generator=rng) + float("norm" in name)
     folder = tmp_path_factory.mktemp("theirs")
     theirs.save_pretrained(folder, max_shard_size="200KB")
@@ -108,11 +113,12 @@ def test_bfloat16_is_as_near_as_theirs(pair, tmp_path, tokenizer, capsys):
     want = theirs(ids).logits[..., :ours.known_ids]
     save_model(ours, tokenizer, tmp_path)
     half = load_model(tmp_path, dtype=torch.bfloat16)
-    got, peer = half.head(half(ids)), theirs.__class__.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids).logits
+    got = half.head(half(ids))
+    peer = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids).logits
     gap, peers = (float((x.float()[..., :ours.known_ids] - want).norm() / want.norm()) for x in (got, peer))
     with capsys.disabled():
-        print(f"\nbfloat16 against float32, 512 tokens: gap {gap:.4f} (transformers' {peers:.4f}), largest logit difference "
-              f"{float((got - want).abs().max()):.3f} of logits up to {float(want.abs().max()):.1f}")
+        print(f"\nbfloat16 against float32, 512 tokens: gap {gap:.4f} (transformers' {peers:.4f}), largest logit "
+              f"difference {float((got - want).abs().max()):.3f} of logits up to {float(want.abs().max()):.1f}")
     assert 0 < gap < 1.2 * peers
 
 
@@ -129,14 +135,15 @@ def test_a_folder_written_here_is_theirs_to_load(tiny, folder, tmp_path, tied):
     assert largest_gap(model.head(model(ids)), theirs(ids).logits) <= 1e-4
     assert set(theirs.generation_config.eos_token_id) == tokenizer.stop_ids == Tokenizer(tmp_path).stop_ids
     reader = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("Who is the mayor of Doka?", "Zoë’s 東京\r\n\t😀 e\u0301. 1234", '{"a": [1.5, null]}\n</tool_response>\n  x'):
+    for text in ("Who is it?", "Zoë’s 東京\r\n\t😀 e\u0301. 1234", '{"a": [1.5, null]}\n</tool_response>\n  x'):
         ids = tokenizer.encode([text])
         assert reader(text).input_ids == ids and reader.decode(ids) == tokenizer.decode(ids)
 
 
 # ------------------------------------------------------------------------------------------- rendering
 
-WORDS = ["the mayor", "Zoë", "東京", "😀", "<b>", "&amp; &", "'quoted'", '"', "\\n", "\n", " ", "e\u0301", "{{ x }}", "</tool_response>", "1,024.5"]
+WORDS = ["the mayor", "Zoë", "東京", "😀", "<b>", "&amp; &", "'quoted'", '"', "\\n", "\n", " ", "e\u0301", "{{ x }}",
+         "</tool_response>", "1,024.5"]
 
 
 def schemas():
@@ -156,19 +163,20 @@ def conversation(rng, tools, calls):
     while calls:
         now = rng.randint(1, min(3, calls))
         calls -= now
-        made = [{"name": rng.choice(tools)["function"]["name"],
-                 "arguments": {text(): rng.choice([1, None, True, [text()], {"z": 1.5, "a": text()}])}} for _ in range(now)]
+        made = [{"name": rng.choice(tools)["function"]["name"], "arguments": {
+            text(): rng.choice([1, None, True, [text()], {"z": 1.5, "a": text()}])}} for _ in range(now)]
         messages.append({"role": "assistant", "content": text(), "tool_calls": [
             call if rng.random() < 0.5 else {"type": "function", "function": call} for call in made]})
-        messages += [{"role": "tool", "content": agents.dumps({"value": text()}) if rng.random() < 0.8 else ""} for _ in made]
-    return messages + [{"role": "assistant", "content": text()}, {"role": "user", "content": text()}][:rng.randrange(3)]
+        messages += [{"role": "tool", "content": rng.choice(["", agents.dumps({"value": text()})])} for _ in made]
+    last = [{"role": "assistant", "content": text()}, {"role": "user", "content": text()}]
+    return messages + last[:rng.randrange(3)]
 
 
 def test_rendering_is_the_chat_templates(folder):
     """Bytes and ids of 60 conversations with 0 to 5 calls, each with some of the schemas, every schema in some."""
     source, available = Path(REAL or folder), schemas()
     ours, theirs = Tokenizer(source), AutoTokenizer.from_pretrained(source)
-    assert theirs.chat_template == json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    assert theirs.chat_template == json.loads(ours.files["tokenizer_config.json"])["chat_template"]
     rendered = []
     for i in range(60):
         rng = random.Random(i)
