@@ -48,19 +48,19 @@ def make_folder(folder: Path) -> None:
     save_model(model, Tokenizer(folder), folder)
 
 
-def load(side: str, folder: str, dtype: str) -> float:
-    """Load model and tokenizer -> seconds; the import is over before."""
+def load(side: str, folder: str, dtype: str) -> tuple[float, float]:
+    """Load model and tokenizer -> seconds, and of all threads' processor time; the imports are over before."""
     if side == "transformers":
         from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
         load_theirs, read = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
     print("imported", flush=True)
     sys.stdin.readline()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     if side == "transformers":
         loaded = load_theirs(folder, dtype=getattr(torch, dtype)), read(folder)
     else:
         loaded = load_model(folder, dtype=getattr(torch, dtype)), Tokenizer(folder)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start, time.process_time() - busy
     assert sum(p.numel() for p in loaded[0].parameters()) > 4.9e8
     return seconds
 
@@ -71,8 +71,8 @@ def anonymous(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def measure(side: str, folder: str, dtype: str) -> tuple[float, float, float]:
-    """One load -> seconds, peak GB of the process, and how much of it came after the imports."""
+def measure(side: str, folder: str, dtype: str) -> tuple[float, ...]:
+    """One load -> seconds, processor seconds, peak GB of the process, and how much of it came after the imports."""
     process = subprocess.Popen([sys.executable, __file__, side, folder, dtype], text=True, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == "imported\n", f"{side} can't be loaded; see tests/requirements-peers.txt"
@@ -82,7 +82,7 @@ def measure(side: str, folder: str, dtype: str) -> tuple[float, float, float]:
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.005)
-    return float(process.stdout.read()), peak / 1e9, (peak - before) / 1e9
+    return *map(float, process.stdout.read().split()), peak / 1e9, (peak - before) / 1e9
 
 
 def main() -> None:
@@ -94,14 +94,15 @@ def main() -> None:
             turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES]
             for side in SIDES:
                 runs = [values for s, values in turns[len(SIDES):] if s == side]
-                seconds, peak, grown = (round(statistics.median(values), 3) for values in zip(*runs))
-                result[f"{side}_{dtype}"] = {"seconds": seconds, "peak_gb": peak, "load_gb": grown}
-                print(f"{dtype:<9} {side:<13} {seconds:7.3f} s   peak {peak} GB, {grown} of it by the load", flush=True)
+                medians = (round(statistics.median(values), 3) for values in zip(*runs))
+                row = dict(zip(("seconds", "cpu_seconds", "peak_gb", "load_gb"), medians))
+                result[f"{side}_{dtype}"] = row
+                print(f"{dtype:<9} {side:<13}" + "".join(f" {name} {value:<7}" for name, value in row.items()), flush=True)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(load(*sys.argv[1:]))
+        print(*load(*sys.argv[1:]))
     else:
         main()

@@ -169,6 +169,11 @@ def test_a_broken_checkpoint_from_the_command_line(folder, tmp_path):
 
 
 def test_a_question_longer_than_the_context_is_refused(folder, ask):
-    """The tests' folder has room for 256 positions."""
-    code, _, err = ask("--model", folder, "Who? " * 400)
+    """The tests' folder has room for 256 positions: refused from the first question that leaves nothing to say."""
+    tokenizer, n = Tokenizer(folder), 1
+    while len(tokenizer.encode(agents.AutoAgent.prompt("a" * n, []))) < 256:
+        n += 1
+    code, _, err = ask("--model", folder, "a" * n)
     assert code == 2 and "room for 256" in err and err.count("\n") == 1
+    code, out, _ = ask("--model", folder, "a" * (n - 1))
+    assert code == 0 and out.endswith("truncated\n")
