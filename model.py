@@ -65,21 +65,21 @@ class ModelConfig:
         return config
 
 
-def read_text(path: Path) -> str:
-    """A file's text; InputError names the file that is missing or not text."""
+def read_file(path: Path) -> bytes:
+    """What a file holds; InputError names one that is missing or can't be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as text ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror})") from None
 
 
 def read_json(path: Path, kind: type = dict) -> dict | list:
     """A JSON object, or a list, from a file; InputError names the file that is missing or broken."""
-    text = read_text(path)
+    content = read_file(path)
     try:
-        data = json.loads(text)
+        data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, kind):
@@ -526,7 +526,7 @@ def save_model(model: Transformer, tokenizer: "Tokenizer", folder: Path) -> None
     for name, content in (("config.json", config), ("generation_config.json", stops)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, content in tokenizer.files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        (folder / name).write_bytes(content)
 
 
 class Tokenizer:
@@ -535,16 +535,16 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         folder = Path(folder)
-        self.files = {"tokenizer.json": read_text(folder / "tokenizer.json")}
-        for name in ("tokenizer_config.json", "chat_template.jinja"):  # kept to be saved again
-            if (folder / name).exists():
-                self.files[name] = read_text(folder / name)
+        content = read_file(folder / "tokenizer.json")
         try:
-            self.full, self.plain, self.control = _parse_tokenizer(self.files["tokenizer.json"])
+            content, self.full, self.plain, self.control = _parse_tokenizer(content)
             self.end = self.control["<|im_end|>"]
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer with Qwen2.5's control tokens ({error})") from None
         self.size = self.full.get_vocab_size()
+        self.files = {"tokenizer.json": content} | {  # to be saved again, byte for byte
+            name: read_file(folder / name) for name in ("tokenizer_config.json", "chat_template.jinja")
+            if (folder / name).exists()}
         generation = folder / "generation_config.json"
         stops = read_json(generation).get("eos_token_id", []) if generation.exists() else []
         # A base checkpoint's own list lacks <|im_end|>, the end of every turn.
@@ -572,12 +572,12 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=1)  # Qwen2.5's takes a while, and a folder is opened for its model and for its tokenizer
-def _parse_tokenizer(text: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
-    """tokenizer.json -> the whole tokenizer, the same without its added tokens, their ids."""
-    full = tokenizers.Tokenizer.from_str(text)
+def _parse_tokenizer(content: bytes) -> tuple[bytes, tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
+    """tokenizer.json -> itself, the whole tokenizer, the same without its added tokens, their ids."""
+    full = tokenizers.Tokenizer.from_buffer(content)
     plain = tokenizers.Tokenizer(full.model)  # shares the vocabulary
     plain.normalizer, plain.pre_tokenizer = full.normalizer, full.pre_tokenizer
-    return full, plain, {token.content: i for i, token in full.get_added_tokens_decoder().items()}
+    return content, full, plain, {token.content: i for i, token in full.get_added_tokens_decoder().items()}
 
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")

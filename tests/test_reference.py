@@ -46,8 +46,8 @@ def pair(request, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     theirs.save_pretrained(folder, max_shard_size="200KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    for name, text in tokenizer.files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
     return load_model(folder), theirs
 
 
