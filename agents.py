@@ -339,6 +339,17 @@ class Turn:
     answer: str | None = None
     error: str | None = None
 
+    def said(self) -> list[str]:
+        """For people: thought, calls, answer, a line each."""
+        calls = [f"  calls     {c.name}({', '.join(f'{k}={v!r}' for k, v in c.arguments.items())})" for c in self.calls]
+        return [*([f"  thinks    {self.thought}"] if self.thought else []), *calls,
+                *([f"  answers   {self.answer}"] if self.answer is not None else []),
+                *([f"  malformed {self.error}"] if self.error else [])]
+
+    def heard(self) -> list[str]:
+        """For people: what came back, a line a call."""
+        return [f"  observes  {result_text(c.observation)}" for c in self.calls]
+
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*?)\s*", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -432,15 +443,8 @@ class Trace:
                 "tools": [tool.schema for tool in self.tools], "ids": self.ids, "mask": self.mask}
 
     def story(self) -> str:
-        """For people: thought, call, observation, answer, a line each."""
-        lines = []
-        for t in self.turns:
-            lines += [f"  thinks    {t.thought}"] if t.thought else []
-            for c in t.calls:
-                lines += [f"  calls     {c.name}({', '.join(f'{k}={v!r}' for k, v in c.arguments.items())})",
-                          f"  observes  {result_text(c.observation)}"]
-            lines += [f"  answers   {t.answer}"] if t.answer is not None else []
-            lines += [f"  malformed {t.error}"] if t.error else []
+        """For people: all turns, and how it ended if not with an answer."""
+        lines = [line for t in self.turns for line in (*t.said(), *t.heard())]
         return "\n".join([*lines, *([f"  {self.status}"] if self.status != "answered" else [])])
 
 

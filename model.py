@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,24 +50,39 @@ class ModelConfig:
                           ("rope_scaling", None), ("rope_type", "default")):
             if raw.get(key, want) != want:
                 raise InputError(f"{folder / 'config.json'}: {key} is {raw[key]!r}, only {want!r} is supported")
+        want = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
         for f in fields(ModelConfig):
             value = raw.get(f.name)
-            if not (type(value) in (f.type, int) if f.type is float else type(value) is f.type) or not value and f.type is not bool:
-                raise InputError(f"{folder / 'config.json'}: {f.name} should be a {f.type.__name__} above 0, found {value!r}"
-                                 .replace("a bool above 0", "true or false"))
-        return ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+            fits = type(value) in ((int, float) if f.type is float else (f.type,))
+            if not fits or f.type is not bool and not value > 0:
+                raise InputError(f"{folder / 'config.json'}: {f.name} should be {want[f.type]}, found {value!r}")
+        config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        if D % (2 * H) or H % K:
+            raise InputError(f"{folder / 'config.json'}: hidden_size {D}, num_attention_heads {H} and "
+                             f"num_key_value_heads {K} don't divide evenly")
+        return config
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError names the file that is missing or broken."""
+def read_file(path: Path) -> bytes:
+    """What a file holds; InputError names one that is missing or can't be read."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror})") from None
+
+
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """A JSON object, or a list, from a file; InputError names the file that is missing or broken."""
+    content = read_file(path)
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, kind):
+        raise InputError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, found {type(data).__name__}")
     return data
 
 
@@ -76,6 +92,13 @@ def read_json(path: Path) -> dict:
 def wide(x: Tensor) -> Tensor:
     """At least float32: where a sum over many small terms would lose in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that draws no weights when it is made: init_weights() or a checkpoint brings them."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class RMSNorm(nn.Module):
@@ -93,9 +116,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """positions (B, T) -> angles (B, T, Dh/2) in float32: position · theta^(-2i/Dh) (Su et al. 2021, eq. 15)."""
+    """positions (B, T) -> angles (B, T, Dh/2) in float32: position / theta^(2i/Dh) (Su et al. 2021, eq. 15)."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    return positions[..., None].float() * theta ** (-i / head_dim)
+    # In this order, as transformers rounds it: far out another order turns by other angles (2e-3 at 30,000).
+    return positions[..., None].float() * (1 / theta ** (i / head_dim))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,10 +135,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer = layer
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, window: "Window | None") -> Tensor:
         B, T, _ = x.shape
@@ -138,9 +162,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -168,13 +192,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.known_ids = known_ids or config.vocab_size  # rows above the tokenizer's last id are never scored
+        rows = torch.empty(config.vocab_size, config.hidden_size)  # as in Linear: nothing is drawn here
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(rows, freeze=False),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -466,18 +491,20 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
                         continue  # some writers store the tied head once more
                     if name not in want:
                         raise InputError(f"{file}: {name} is not a tensor of this model, or stands twice")
-                    weight = tensors.get_tensor(name)
-                    if weight.shape != want.pop(name):
-                        raise InputError(f"{file}: {name} has shape {tuple(weight.shape)}, config.json asks for "
+                    stored = tensors.get_tensor(name)
+                    if stored.shape != want.pop(name):
+                        raise InputError(f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for "
                                          f"{tuple(model.get_parameter(name).shape)}")
-                    if not weight.is_floating_point() or not bool(weight.sum(dtype=torch.float32).isfinite()):
-                        raise InputError(f"{file}: {name} ({weight.dtype}) holds something that is not a finite number")
-                    model.load_state_dict({name: weight.to(dtype)}, strict=False, assign=True)
+                    weight = stored.to(dtype)
+                    if not stored.is_floating_point() or not bool(weight.sum().isfinite()):
+                        raise InputError(f"{file}: {name} ({stored.dtype}) holds something that is not a finite number")
+                    module, _, own = name.rpartition(".")
+                    setattr(model.get_submodule(module), own, nn.Parameter(weight))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file ({error})") from None
     if want:
         raise InputError(f"{folder}: no tensor {next(iter(want))} ({len(want)} missing)")
-    return model.eval().requires_grad_(True)
+    return model.eval()
 
 
 def _shards(folder: Path, want: dict) -> dict[Path, list[str] | None]:
@@ -508,7 +535,7 @@ def save_model(model: Transformer, tokenizer: "Tokenizer", folder: Path) -> None
     for name, content in (("config.json", config), ("generation_config.json", stops)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, content in tokenizer.files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        (folder / name).write_bytes(content)
 
 
 class Tokenizer:
@@ -517,17 +544,16 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         folder = Path(folder)
-        raw = read_json(folder / "tokenizer.json")
-        self.files = {name: (folder / name).read_text(encoding="utf-8")
-                      for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists()}
+        content = read_file(folder / "tokenizer.json")
         try:
-            self.full = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"])
-            self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
-            self.plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
+            content, self.full, self.plain, self.control = _parse_tokenizer(content)
             self.end = self.control["<|im_end|>"]
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer with Qwen2.5's control tokens ({error})") from None
         self.size = self.full.get_vocab_size()
+        self.files = {"tokenizer.json": content} | {  # to be saved again, byte for byte
+            name: read_file(folder / name) for name in ("tokenizer_config.json", "chat_template.jinja")
+            if (folder / name).exists()}
         generation = folder / "generation_config.json"
         stops = read_json(generation).get("eos_token_id", []) if generation.exists() else []
         # A base checkpoint's own list lacks <|im_end|>, the end of every turn.
@@ -552,6 +578,15 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, control tokens spelled out."""
         return self.full.decode(ids, skip_special_tokens=False)
+
+
+@lru_cache(maxsize=1)  # Qwen2.5's takes a while, and a folder is opened for its model and for its tokenizer
+def _parse_tokenizer(content: bytes) -> tuple[bytes, tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
+    """tokenizer.json -> itself, the whole tokenizer, the same without its added tokens, their ids."""
+    full = tokenizers.Tokenizer.from_buffer(content)
+    plain = tokenizers.Tokenizer(full.model)  # shares the vocabulary
+    plain.normalizer, plain.pre_tokenizer = full.normalizer, full.pre_tokenizer
+    return content, full, plain, {token.content: i for i, token in full.get_added_tokens_decoder().items()}
 
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")

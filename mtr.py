@@ -2,6 +2,7 @@
 
   python mtr.py                 the miniature: world -> traces -> SFT -> GRPO -> evaluation, minutes on a CPU
   python mtr.py ask "question"  the three agents on one question of your own about the fictional world
+  python mtr.py ask --model FOLDER "question"   a Qwen2.5 checkpoint plays all three; --tools FILE: your own tools
   python mtr.py eval            the trained agent, or any checkpoint, on its held-out questions or the benchmarks' files
   python mtr.py traces          stage 0: a teacher checkpoint's traces over question files, for sft.py --traces
   python mtr.py show            what a run left: its table, one question before and after GRPO
@@ -14,14 +15,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 import grpo
 import sft
-from agents import Tool, ToolActor, Trace, run_episodes
+from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, load_tools, run_calls
 from data.score import exact_match, f1
 from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
 from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, evaluate_files, open_run, teach
-from model import Transformer, load_model, read_json
+from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json
 from sft import SFTConfig, option
 
 TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5),
@@ -187,15 +190,54 @@ def draw_curves(out: Path) -> None:
     plt.close(figure)
 
 
-def ask(out: str, question: str) -> None:
-    """The three agents on one question."""
-    stage, model, world = open_run(out)
-    box = stage.maker.make([question])[0]
-    print(f"ToolMaker: {box.kind}" + "".join(f"\n  {tool.definition}" for tool in box.tools))
-    trace = Trace(question, box.tools, (0, question))
-    with world.sealed():
-        run_episodes(stage.agent(model, 1, 0.0), stage.actor, [trace])
-    print(f"AutoAgent and ToolActor:\n{trace.story()}")
+TURNS, TURN_TOKENS = 8, 512  # of a checkpoint's AutoAgent; what it hears may be as long again as what it says
+
+
+def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[ToolMaker, AutoAgent, ToolActor]:
+    """A Qwen2.5 checkpoint in all three roles, with a KV cache that holds the longest trace."""
+    device = sft.pick_device()
+    model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_(False)
+    tokenizer, room = Tokenizer(folder), model.config.max_position_embeddings
+    prompt = len(tokenizer.encode(AutoAgent.prompt(question, tools)))
+    if prompt >= room:
+        raise InputError(f"question: with its tools {prompt} tokens, the checkpoint in {folder} has room for {room}")
+    slots = min(room, prompt + 2 * TURNS * TURN_TOKENS)
+    other = Sampler(model, tokenizer, 1, slots)
+    agent = AutoAgent(Sampler(model, tokenizer, 1, slots), TURNS, TURN_TOKENS, slots, temperature=0.0)
+    return ToolMaker(other, 2 * TURN_TOKENS), agent, ToolActor(other, TURN_TOKENS)
+
+
+def ask(out: str, question: str, model: str | None, tools: str | None) -> None:
+    """The three agents on one question, each part shown as it comes. With a checkpoint folder that one plays all three;
+    with a file of tools the ToolMaker isn't asked."""
+    own = load_tools(tools) if tools else []
+    if model:
+        (maker, agent, actor), sealed = open_checkpoint(model, question, own), nullcontext()
+    else:
+        stage, policy, world = open_run(out)
+        maker, agent, actor, sealed = stage.maker, stage.agent(policy, 1, 0.0), stage.actor, world.sealed()
+    if not own:
+        box = maker.make([question])[0]
+        own = box.tools
+        say(f"ToolMaker: {box.kind}" + ("" if box.tries else "; what it wrote was rejected: the general tool"))
+        print("\n".join(f"  {tool.definition}" for tool in own))
+    say("AutoAgent and ToolActor:")
+    trace = Trace(question, own, (0, question))
+    with sealed:
+        agent.meet([trace])
+        while trace.status == "open":  # agents.run_episodes, told as it happens
+            start = len(trace.ids)
+            agent.act([trace])
+            turn = trace.turns[-1]
+            print("\n".join(turn.said()), flush=True)
+            if turn.error:
+                print(f"  it said   {agent.sampler.tokenizer.decode(trace.ids[start:])!r}")
+            if trace.status == "open":
+                run_calls([trace], actor)
+                print("\n".join(turn.heard()), flush=True)
+                agent.observe([trace])
+    if trace.status == "truncated":
+        print("  truncated", flush=True)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -234,10 +276,12 @@ def main() -> None:
             command.add_argument("--out", default="run", help="run folder (default: run)")
         if name == "ask":
             command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
+            command.add_argument("--model", metavar="FOLDER", help="a Qwen2.5 checkpoint to play all three roles")
+            command.add_argument("--tools", metavar="FILE", help="your own tools: JSON list of OpenAI functions, or Python")
     options = vars(parser.parse_args())
     command = options.pop("command")
     if command == "ask":
-        ask(options["out"], options["question"])
+        ask(options["out"], options["question"], options["model"], options["tools"])
     elif command == "eval":
         evaluate(EvalConfig(**{f.name: options[f.name] for f in fields(EvalConfig)}))
     elif command == "traces":

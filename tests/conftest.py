@@ -9,7 +9,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 # What compares with the peers is collected where they are installed (requirements-peers.txt).
-collect_ignore = [] if importlib.util.find_spec("trl") else ["test_peers.py"]
+PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers"}
+collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.find_spec(peer)]
 
 import agents  # noqa: E402
 import sft  # noqa: E402

@@ -647,8 +647,15 @@ def test_a_saved_folder_is_whole(folder, tokenizer):
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert stops == sorted(tokenizer.control[name] for name in ("<|im_end|>", "<|endoftext|>"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (folder / name).read_text() == tokenizer.files[name]
+        assert (folder / name).read_bytes() == tokenizer.files[name]
     assert Tokenizer(folder).stop_ids == tokenizer.stop_ids
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_kept(folder, tmp_path):
+    """As newer writers of the format have it."""
+    (folder / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
+    save_model(load_model(folder), Tokenizer(folder), tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_bytes() == "{{ 'é' }}\r\n".encode()
 
 
 def shard(folder):
@@ -757,6 +764,10 @@ BROKEN = {  # what was done to a good folder, what the message must name
     "a width in quotes": (config(hidden_size="32"), "hidden_size"),
     "another number of kv-heads": (config(num_key_value_heads=1), "k_proj"),
     "no heads": (config(num_attention_heads=0), "num_attention_heads"),
+    "a width below 0": (config(hidden_size=-32), "hidden_size"),
+    "theta is not a number": (config(rope_theta=math.nan), "rope_theta"),
+    "heads that kv-heads don't divide": (config(num_key_value_heads=3), "num_key_value_heads 3"),
+    "rotary parameters of another kind": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_type"),
     "fewer rows than ids": (shrink, "vocab_size"),
     "no weights": (without("model.safetensors"), "model.safetensors"),
     "weights cut short": (truncate, "model.safetensors"),
@@ -837,7 +848,7 @@ def test_pieces_encode_as_the_library_encodes_the_whole(either):
     start, end, call, call_end = map(Control, ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"))
     pieces = [start, "user\n", "What?", end, "\n", start, "assistant\n", "<think>So.</think>", "\n", call,
               '\n{"name": "mayor", ', '"arguments": {"city": "Äo"}}\n', call_end, end, "\n"]
-    library = tokenizers.Tokenizer.from_str(either.files["tokenizer.json"])
+    library = tokenizers.Tokenizer.from_str(either.files["tokenizer.json"].decode())
     assert either.encode(pieces) == library.encode("".join(pieces)).ids
     assert either.decode(either.encode(pieces)) == "".join(pieces)
 

@@ -1,0 +1,108 @@
+"""Loading a checkpoint in Qwen2.5-0.5B's shape, beside transformers: seconds and peak anonymous memory.
+
+    python bench/load.py
+
+A folder with random bfloat16 weights and a byte-level tokenizer of Qwen2.5's size is made, then removed. Each load is a
+process of its own, ours and theirs in turn; it ends when the model and the tokenizer can be used. Anonymous memory is
+what a process can't give back to the page cache: weights that stay mapped from the file don't count. It is polled from
+outside, so that a peak inside the load is seen. Needs tests/requirements-peers.txt."""
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+
+from model import CONTROL_TOKENS, ModelConfig, Tokenizer, Transformer, load_model, save_model  # noqa: E402
+
+SHAPE = ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
+ROUNDS, SIDES, DTYPES = 5, ("ours", "transformers"), ("float32", "bfloat16")
+
+
+def make_folder(folder: Path) -> None:
+    """Random weights; a BPE of as many ids as Qwen2.5's, each merge joining an earlier token and a byte."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words, merges = list(letters), []
+    for word in words:
+        merges += [(word, letter) for letter in letters]
+        words += [word + letter for letter in letters]
+        if len(words) > SHAPE.vocab_size - 300:
+            break
+    words, merges = words[:151643], merges[:151643 - len(letters)]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS])
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}')
+    model = Transformer(SHAPE).bfloat16()
+    for weight in model.parameters():
+        weight.data.normal_(std=0.02)
+    save_model(model, Tokenizer(folder), folder)
+
+
+def load(side: str, folder: str, dtype: str) -> tuple[float, float]:
+    """Load model and tokenizer -> seconds, and of all threads' processor time; the imports are over before."""
+    if side == "transformers":
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
+        load_theirs, read = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+    print("imported", flush=True)
+    sys.stdin.readline()
+    start, busy = time.perf_counter(), time.process_time()
+    if side == "transformers":
+        loaded = load_theirs(folder, dtype=getattr(torch, dtype)), read(folder)
+    else:
+        loaded = load_model(folder, dtype=getattr(torch, dtype)), Tokenizer(folder)
+    seconds = time.perf_counter() - start, time.process_time() - busy
+    assert sum(p.numel() for p in loaded[0].parameters()) > 4.9e8
+    return seconds
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of anonymous memory that a process holds now; 0 when it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def measure(side: str, folder: str, dtype: str) -> tuple[float, ...]:
+    """One load -> seconds, processor seconds, peak GB of the process, and how much of it came after the imports."""
+    process = subprocess.Popen([sys.executable, __file__, side, folder, dtype], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == "imported\n", f"{side} can't be loaded; see tests/requirements-peers.txt"
+    before = peak = anonymous(process.pid)
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.005)
+    return *map(float, process.stdout.read().split()), peak / 1e9, (peak - before) / 1e9
+
+
+def main() -> None:
+    """Medians of some rounds, in which the sides take turns; the first round, not counted, warms the page cache."""
+    result = {"shape": "Qwen2.5-0.5B", "rounds": ROUNDS, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        make_folder(Path(folder))
+        for dtype in DTYPES:
+            turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES]
+            for side in SIDES:
+                runs = [values for s, values in turns[len(SIDES):] if s == side]
+                medians = (round(statistics.median(values), 3) for values in zip(*runs))
+                row = dict(zip(("seconds", "cpu_seconds", "peak_gb", "load_gb"), medians))
+                result[f"{side}_{dtype}"] = row
+                print(f"{dtype:<9} {side:<13}" + "".join(f" {name} {value:<7}" for name, value in row.items()), flush=True)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(*load(*sys.argv[1:]))
+    else:
+        main()
