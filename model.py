@@ -302,8 +302,7 @@ class Window:
 def narrow(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
     """Log-probabilities (B, V) -> the same, -inf for all but the top_k largest (0: all of them), and of those but the
     fewest that hold a share of at least top_p (nucleus, Holtzman et al. 2020)."""
-    order = logprobs.argsort(-1, descending=True, stable=True)                        # (B, V)
-    p = logprobs.gather(1, order).exp()
+    p, order = logprobs.exp().sort(dim=-1, descending=True, stable=True)              # (B, V)
     p[:, top_k or p.shape[1]:] = 0
     out = (p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)) | (p == 0)
     return logprobs.masked_fill(torch.zeros_like(out).scatter(1, order, out), -math.inf)
