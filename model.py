@@ -260,6 +260,15 @@ def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: f
 # ------------------------------------------------------------------------------------------ KV cache
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on the device; infinite where nothing tells."""
+    if device.type == "cuda":  # what torch holds without using it can be had too
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if device.type == "cpu" and meminfo.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
 class KVCache:
     """Keys and values of many conversations. A row's tokens lie from 0 to length[row], no hole, no left padding;
     length is the one position counter. Zeros, not torch.empty: NaN beyond a row's length would survive 0 · NaN."""
@@ -267,6 +276,10 @@ class KVCache:
     def __init__(self, model: Transformer, rows: int, slots: int):
         c = model.config
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim)
+        size, free = 2 * math.prod(shape) * model.dtype.itemsize / 1e9, free_memory(model.device) / 1e9
+        if size > free:
+            raise InputError(f"KV cache of {rows} conversations x {slots} tokens: {size:.1f} GB, but {free:.1f} GB are free on "
+                             f"{model.device.type}; turn down --trace-tokens, or the questions or the group sampled at once")
         self.k = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
@@ -310,16 +323,26 @@ class Window:
 # ------------------------------------------------------------------------------------------- sampler
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def narrow(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Log-probabilities (B, V) -> the same, -inf for all but the top_k largest (0: all of them), and of those but the
+    fewest that hold a share of at least top_p (nucleus, Holtzman et al. 2020)."""
+    p, order = logprobs.exp().sort(dim=-1, descending=True, stable=True)              # (B, V)
+    p[:, top_k or p.shape[1]:] = 0
+    out = (p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)) | (p == 0)
+    return logprobs.masked_fill(torch.zeros_like(out).scatter(1, order, out), -math.inf)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor]:
     """logits (B, V), uniform (B,) in [0, 1) -> ids (B,) by inverse transform, their log-probabilities (B,).
 
     At temperature 0 the largest logit is taken and scored at temperature 1. The numbers come from outside, so
-    what a conversation draws doesn't depend on who shares its batch."""
+    what a conversation draws doesn't depend on who shares its batch. A draw from a part of the ids is scored as one
+    from all of them: the log-probability is the policy's at that temperature, the one a trainer would find."""
     logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         ids = logits.argmax(-1)
     else:
-        cdf = logprobs.exp().cumsum(-1)
+        cdf = (narrow(logprobs, top_p, top_k) if top_p < 1 or top_k else logprobs).exp().cumsum(-1)
         below = uniform.to(cdf.dtype) * cdf[:, -1]  # the sum is 1 only up to rounding
         ids = torch.searchsorted(cdf, below[:, None], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
@@ -330,6 +353,7 @@ class Sampler:
 
     Each pass runs on the first rows of the cache. Conversations swap places so that those that are still
     speaking stand there, and one that has ended its turn costs the others nothing."""
+    top_p, top_k = 1.0, 0  # what is sampled to be looked at may be narrowed; what is learned from has no flag for it
 
     def __init__(self, model: Transformer, tokenizer: "Tokenizer", rows: int, slots: int):
         self.model, self.tokenizer = model, tokenizer
@@ -347,7 +371,7 @@ class Sampler:
         self.used = 0
         self.cache.length.zero_()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def open(self, prompts: list[list[int]], copies: int = 1) -> list[int]:
         """Read each prompt once and copy it: `copies` conversations a prompt, side by side; their numbers."""
         first = self.used
@@ -373,7 +397,7 @@ class Sampler:
         """Add what somebody else says; it is read with the next sample()."""
         self.pending[conversation] += ids
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, conversations: list[int], limits: list[int], uniforms: np.ndarray, temperature: float = 1.0
                ) -> list[tuple[list[int], list[float]]]:
         """Let each conversation speak until a stop id or its limit -> (ids, log-probabilities) of each.
@@ -393,7 +417,7 @@ class Sampler:
         states = self._read(conversations)                                            # (B, D)
         line = number[torch.tensor(self.holder[:B], device=device)]
         for step in range(most):
-            new, logprob = draw(self.model.head(states), table[line, step], temperature)
+            new, logprob = draw(self.model.head(states), table[line, step], temperature, self.top_p, self.top_k)
             ids[line, step], logprobs[line, step], count[line] = new, logprob, step + 1
             done = torch.isin(new, self.stop) | (limit[line] <= step + 1)
             if done.any():  # the one look at the device in a step

@@ -11,13 +11,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import agents
 from agents import (AutoAgent, Call, Rejected, Tool, ToolActor, Toolbox, ToolMaker, Trace, Turn, check_tools,
                     parse_call, parse_tools, parse_turn, result_text, run_calls, run_episodes, system_turn,
                     turn)
 from data.tools import Blanked, Real, Shuffled
-from model import InputError, Sampler
+from model import InputError, Sampler, token_logprobs
+from sft import pad
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -1058,6 +1060,32 @@ def test_traces_do_not_mix(tokenizer):
         assert (trace.status, trace.turns) == (alone.status, alone.turns)
         assert sampler.heard[i] == trace.ids
     assert sampler.opened == [4] and [t.status for t in traces[::2]] == ["answered"] * 3 + ["malformed"]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_a_trace_is_the_same_whatever_batch_it_ran_in(tokenizer, tiny, monkeypatch, temperature):
+    """The real sampler in float64 on random weights, <|im_end|> made likely: three turns, ragged, with one to three
+    results after each. In groups, alone, in reverse and beside others; and the trainer finds the log-probabilities."""
+    model = tiny(vocab=tokenizer.size)
+    boost = 7.0 * (torch.arange(tokenizer.size) == tokenizer.end)
+    monkeypatch.setattr(model, "head", lambda states, head=model.head: head(states) + boost)
+    monkeypatch.setattr(agents, "parse_turn", lambda text: Turn("", [Call("none")] * (1 + len(text) % 3)))
+
+    def run(questions, group, backwards=False):
+        traces = [Trace(q, [], (q, i)) for q in questions for i in range(group)][::-1 if backwards else 1]
+        agent = AutoAgent(Sampler(model, tokenizer, len(traces), 700), 3, 12, 690, temperature)
+        run_episodes(agent, Blanked(), traces, 1 if backwards else group)
+        return {t.key: t for t in traces}
+
+    together = run(["Who?", "Where was it?", "When, then, and how long?"], 3)
+    others = [run([q], 1) for q in ("Who?", "Where was it?")] + [run(["When, then, and how long?", "Who?"], 2, True)]
+    assert {1, 3} <= {len(t.turns) for t in together.values()} and len({tuple(t.ids) for t in together.values()}) > 6
+    for key, trace in [pair for other in others for pair in other.items()]:
+        assert trace.ids == together[key].ids and trace.mask == together[key].mask
+        assert trace.logprobs == pytest.approx(together[key].logprobs, abs=1e-9)
+        ids, mask = pad([trace])
+        scored, _ = token_logprobs(model, ids, mask, temperature)
+        assert scored[0].tolist() == pytest.approx(trace.logprobs, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------- traces

@@ -15,7 +15,7 @@ import grpo
 from agents import Call, Trace, Turn
 from grpo import GRPOConfig, advantages, policy_loss, token_weights, update
 from model import InputError, ModelConfig, Sampler, Transformer
-from sft import make_optimizer, pad
+from sft import SFTConfig, command_line, make_optimizer, pad
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 VOCAB = 40
@@ -892,3 +892,13 @@ def test_the_summary_of_a_rollout_by_hand():
     row = grpo.summary(traces, rewards, tensor([0, 0, 0, -1, 0, 1]), config(group=3))
     assert row == {"reward": 0.75, "economy": 0.75, "finished": 4 / 6, "truncated": 1 / 6, "flat_groups": 0.5,
                    "calls": 1.0, "length": 2.0}
+
+
+@pytest.mark.parametrize("config_class", [GRPOConfig, SFTConfig])
+@pytest.mark.parametrize("flag", ["--top-p", "--top-k", "--repetition-penalty"])
+def test_training_samples_from_the_whole_policy(config_class, flag, monkeypatch):
+    """There is no flag to draw from less, and a sampler that isn't told otherwise doesn't."""
+    monkeypatch.setattr("sys.argv", ["program", flag, "0.5"])
+    with pytest.raises(InputError, match=f"unknown flag {flag}"):
+        command_line(config_class, "")
+    assert (Sampler.top_p, Sampler.top_k) == (1.0, 0)

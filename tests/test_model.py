@@ -1,6 +1,7 @@
 """The machine against plain references: slow loops in float64, numbers worked out by hand.
 
 If MTR_QWEN names a folder with Qwen2.5's tokenizer.json, the tokenizer's tests run on that one too."""
+import itertools
 import json
 import math
 import os
@@ -226,6 +227,21 @@ def test_reading_in_parts_is_reading_at_once(tiny, lengths, filler):
         assert distance(states, model(torch.tensor([row]))[0]) < 1e-12
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_three_turns_in_every_split(tiny, dtype, tolerance):
+    """Each turn hears 1 to 3 ids in one pass and says 0 to 2, a pass each: all 729 ways in one ragged batch. They
+    read the same ids, so each has to see the beginning of what one whole pass sees."""
+    splits = list(itertools.product((1, 2, 3), (0, 1, 2), repeat=3))
+    passes = []
+    for turn in range(3):
+        heard, said = zip(*(split[2 * turn:2 * turn + 2] for split in splits))
+        passes += [heard, *([int(n > step) for n in said] for step in range(2))]
+    model, ids = tiny(dtype=dtype), random_ids(np.random.default_rng(3), 15)
+    whole = model(torch.tensor([ids]))[0]
+    for split, (states, _) in zip(splits, read_in_passes(model, [ids[:sum(split)] for split in splits], passes)):
+        assert distance(states, whole[:sum(split)]) < tolerance
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (14, 2)])
 def test_grouped_heads_behind_a_cache(tiny, heads, kv_heads):
     model, ids = tiny(heads=heads, kv_heads=kv_heads), random_ids(np.random.default_rng(0), 9)
@@ -240,6 +256,23 @@ def test_a_new_cache_is_zeros(tiny, monkeypatch):
     cache = KVCache(model, 3, 16)
     assert cache.k.shape == cache.v.shape == (2, 3, 2, 16, 8)
     assert not cache.k.any() and not cache.v.any() and not cache.length.any()
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny, monkeypatch):
+    """2 layers x 2 kv-heads x 8 x 8 bytes, keys and values: 512 bytes a token; a million conversations of a million
+    tokens are 512 TB. The line gives the GB on both sides, and a flag."""
+    with pytest.raises(InputError, match=r"512000\.0 GB, but \d+\.\d GB are free on cpu; turn down --trace-tokens"):
+        KVCache(tiny(), 10 ** 6, 10 ** 6)
+    monkeypatch.setattr(model_file, "free_memory", lambda device: 512.0 * 3 * 16)
+    KVCache(tiny(), 3, 16)
+    with pytest.raises(InputError, match="3 conversations x 17 tokens"):
+        KVCache(tiny(), 3, 17)
+
+
+def test_free_memory_is_what_the_system_says():
+    """Between the pages that nobody uses and all there are."""
+    free, page = model_file.free_memory(torch.device("cpu")), os.sysconf("SC_PAGE_SIZE")
+    assert 0.5 * os.sysconf("SC_AVPHYS_PAGES") * page < free < os.sysconf("SC_PHYS_PAGES") * page or free == math.inf
 
 
 def test_what_lies_beyond_a_rows_length_is_not_seen(tiny):
@@ -311,6 +344,40 @@ def test_draw_at_temperature_zero_takes_the_largest():
     """And scores it at temperature 1."""
     ids, logprobs = draw(torch.tensor([[1.0, 5, 2]]).log(), torch.tensor([0.99]), 0)
     assert ids.tolist() == [1] and logprobs.item() == pytest.approx(math.log(5 / 8))
+
+
+NARROW = [  # probabilities 1, 4, 3, 2 of 10; which ids may be drawn
+    (1.0, 0, {0, 1, 2, 3}), (1.0, 1, {1}), (1.0, 2, {1, 2}), (1.0, 9, {0, 1, 2, 3}), (0.3, 0, {1}), (0.45, 0, {1, 2}),
+    (0.65, 0, {1, 2}), (0.75, 0, {1, 2, 3}), (0.95, 0, {0, 1, 2, 3}),
+    (0.5, 2, {1}), (0.6, 2, {1, 2})]  # 4 of the 7 that top-k leaves are a share of 0.57
+
+
+@pytest.mark.parametrize("top_p, top_k, want", NARROW)
+def test_draw_from_the_likeliest_by_hand(top_p, top_k, want):
+    """The ids left keep their proportions; the log-probability is that of a draw from all of them."""
+    p, n = torch.tensor([1.0, 4, 3, 2]).double() / 10, 1000
+    ids, logprobs = draw(p.log().expand(n, 4), (torch.arange(n) + 0.5) / n, 1.0, top_p, top_k)
+    assert set(ids.tolist()) == want
+    share, left = ids.bincount(minlength=4) / n, p * torch.tensor([i in want for i in range(4)])
+    assert (share - left / left.sum()).abs().max() < 1.01e-3
+    assert torch.allclose(logprobs, p.log()[ids])
+
+
+def test_narrowing_comes_after_the_temperature():
+    """At 0.5 the probabilities 1, 4, 3, 2 become 1, 16, 9, 4 of 30: a share of 0.5 is one id's."""
+    ids, _ = draw(torch.tensor([1.0, 4, 3, 2]).log().expand(9, 4), torch.arange(9) / 9, 0.5, top_p=0.5)
+    assert set(ids.tolist()) == {1}
+
+
+def test_a_sampler_may_be_told_to_narrow(tiny):
+    """With one id left it says what it says greedily, whatever numbers it draws with."""
+    said = []
+    for temperature, top_k in ((1.0, 1), (0, 0)):
+        sampler = make_sampler(tiny(), 1, stops=())
+        sampler.top_k = top_k
+        sampler.open([[3, 4, 5]])
+        said.append(sampler.sample([0], [20], np.random.default_rng(0).random((1, 20)), temperature)[0][0])
+    assert said[0] == said[1]
 
 
 # --------------------------------------------------------------------------------------------- sampler

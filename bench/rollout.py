@@ -1,0 +1,291 @@
+"""Our rollout engine beside Hugging Face's generate: same weights, prompts, turn lengths and observations.
+
+  ours        one cache: a group's prompt read once, observations appended, rows that have ended their turn leave
+  reprefill   generate, the whole conversation read again each turn, as most small RL repositories do
+  kept        generate with its cache kept across turns, the prompt read once a group, rows dropped between turns
+
+Turns have lengths, not stop ids: every side says as many tokens as the plan asks of each row, and generate's rows stop
+by a criterion of their own, as they would at a stop id. Ours returns log-probabilities too; generate here doesn't.
+Rounds are interleaved; on a CPU each side has the better of one and two threads. The last line is a JSON object."""
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import ModelConfig, Sampler, Transformer  # noqa: E402
+from sft import pick_device  # noqa: E402
+
+SHAPES = {  # the config.json of Qwen2.5, and the miniature's
+    "tiny": ModelConfig(300, 32, 64, 2, 4, 2, 2048, 1e-6, 1e6, True),
+    "miniature": ModelConfig(1100, 192, 512, 3, 3, 1, 2048, 1e-6, 1e6, True),
+    "0.5b": ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True),
+    "1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 32768, 1e-6, 1e6, True),
+    "7b": ModelConfig(152064, 3584, 18944, 28, 28, 4, 32768, 1e-6, 1e6, False)}
+
+
+def make_model(shape: str, device: str, dtype: torch.dtype) -> Transformer:
+    """Random weights, made on the device."""
+    with torch.device("meta"):
+        model = Transformer(SHAPES[shape]).to(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        weight.fill_(1) if "norm" in name else weight.normal_(0, 0.6 * weight.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- plan
+
+
+@dataclass
+class Plan:
+    """What is to be said and heard: G traces a prompt; said[row][turn] tokens; heard[row][turn] the ids after it."""
+    prompts: list[list[int]]
+    group: int
+    said: list[list[int]]
+    heard: list[list[list[int]]]
+
+    @property
+    def slots(self) -> int:
+        """Of the longest conversation, and room for rows that are made to speak as long as the longest turn."""
+        longest = max(len(self.prompts[i // self.group]) + sum(said) + sum(map(len, heard))
+                      for i, (said, heard) in enumerate(zip(self.said, self.heard)))
+        return longest + max(max(said) for said in self.said)
+
+
+# 640 traces sampled by the miniature of `python mtr.py`, half of them after stage 1, half after stage 2, gave these
+# lengths (a turn of 112 was cut off); observations have 22 tokens.
+PROMPTS = (216, 240, 241, 242, 296, 298, 301, 334)
+TURNS = ((1, 2, 3, 4, 5, 6), (42, 73, 301, 150, 67, 7))
+SAID = ((14, 18, 20, 30, 37, 45, 73, 112), (15, 198, 363, 1348, 88, 9, 24, 3))
+
+
+def make_plan(shape: str, questions: int, group: int, seed: int = 0) -> Plan:
+    """The miniature's own spread of lengths; for larger shapes prompts of 790 and 4 turns of 40 said, 40 heard."""
+    rng = np.random.default_rng(seed)
+
+    def pick(values, counts, n=None):
+        return rng.choice(values, n, p=np.array(counts) / sum(counts)).tolist()
+
+    def ids(n):
+        return rng.integers(0, SHAPES[shape].vocab_size, n).tolist()
+
+    if shape in ("tiny", "miniature"):
+        prompts = [ids(PROMPTS[i % len(PROMPTS)]) for i in range(questions)]
+        said = [pick(*SAID, pick(*TURNS)) for _ in range(questions * group)]
+        return Plan(prompts, group, said, [[ids(22) for _ in turns[1:]] for turns in said])
+    said = [[40] * 4] * (questions * group)
+    return Plan([ids(790) for _ in range(questions)], group, said, [[ids(40) for _ in range(3)] for _ in said])
+
+
+def roll_out(side, plan: Plan, temperature: float) -> list[list[int]]:
+    """The loop that all sides share -> the ids of each conversation."""
+    talk = [list(prompt) for prompt in plan.prompts for _ in range(plan.group)]
+    side.start(plan, temperature)
+    for turn in range(max(map(len, plan.said))):
+        rows = [i for i, said in enumerate(plan.said) if turn < len(said)]
+        for i, new in zip(rows, side.speak(rows, [talk[i] for i in rows], [plan.said[i][turn] for i in rows]), strict=True):
+            assert len(new) == plan.said[i][turn], f"row {i}, turn {turn}: {len(new)} tokens"
+            talk[i] += new + (plan.heard[i][turn] if turn < len(plan.heard[i]) else [])
+    return talk
+
+
+# --------------------------------------------------------------------------------------------- sides
+
+
+class Ours:
+    """model.Sampler; each part of the gain can be switched off."""
+
+    def __init__(self, model: Transformer, plan: Plan, share: bool = True, keep: bool = True, leave: bool = True):
+        self.sampler = Sampler(model, SimpleNamespace(stop_ids=set()), len(plan.said), plan.slots)
+        self.share, self.keep, self.leave = share, keep, leave
+
+    def start(self, plan: Plan, temperature: float) -> None:
+        self.temperature, self.rng = temperature, np.random.default_rng(0)
+        self.sampler.reset()
+        group = plan.group if self.share else 1
+        prompts = [prompt for prompt in plan.prompts for _ in range(plan.group // group)]
+        self.rows = self.sampler.open(prompts, group)
+        self.seen = [len(prompt) for prompt in plan.prompts for _ in range(plan.group)]
+
+    def speak(self, rows: list[int], talk: list[list[int]], limits: list[int]) -> list[list[int]]:
+        s, first = self.sampler, all(self.seen[i] == len(ids) for i, ids in zip(rows, talk))
+        if not self.keep and not first:
+            s.reset()
+            self.rows = dict(zip(rows, s.open(talk)))
+        for i, ids in zip(rows, talk):
+            if self.keep:
+                s.append(self.rows[i], ids[self.seen[i]:])
+        most, mine = max(limits), [self.rows[i] for i in rows]
+        uniforms = self.rng.random((len(rows), most), dtype=np.float32)
+        new = [ids for ids, _ in s.sample(mine, limits if self.leave else [most] * len(rows), uniforms, self.temperature)]
+        if not self.leave:  # take back what was said beyond the plan
+            for c, ids, limit in zip(mine, new, limits):
+                extra, s.pending[c] = most - limit, ids[limit - 1:limit]
+                s.filled[c] -= extra
+                s.cache.length[s.place[c]] -= extra
+            new = [ids[:limit] for ids, limit in zip(new, limits)]
+        for i, ids, said in zip(rows, talk, new):
+            self.seen[i] = len(ids) + len(said)
+        return new
+
+
+def hugging_face(model: Transformer):
+    """transformers' Qwen2ForCausalLM over the same tensors."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    c = model.config
+    config = Qwen2Config(
+        **{name: getattr(c, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+           "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")},
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="sdpa")
+    with torch.device("meta"):
+        peer = Qwen2ForCausalLM(config)
+    missing = peer.load_state_dict(model.state_dict(), strict=False, assign=True)
+    assert not missing.unexpected_keys and missing.missing_keys in ([], ["lm_head.weight"]), missing
+    peer.tie_weights()
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # a buffer that no checkpoint holds
+    return peer.eval()
+
+
+class Reprefill:
+    """generate() on whole conversations, padded on the left."""
+
+    def __init__(self, peer, plan: Plan):
+        self.peer = peer
+
+    def start(self, plan: Plan, temperature: float) -> None:
+        self.plan, self.temperature = plan, temperature
+
+    def speak(self, rows: list[int], talk: list[list[int]], limits: list[int]) -> list[list[int]]:
+        return self.generate(*pad_left(talk, self.peer.device), limits)
+
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, limits: list[int], cache=None) -> list[list[int]]:
+        from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+        class Limits(StoppingCriteria):
+            """Ends a row when it has said what was planned; what it is fed from then on is padding."""
+            eos_token_id = None  # generate() pads ended rows if a criterion has this attribute
+            ends = ids.shape[1] + torch.tensor(limits, device=ids.device)
+
+            def __call__(self, input_ids, scores, **_):
+                return input_ids.shape[1] >= self.ends
+
+        sampling = dict(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0) if self.temperature else {}
+        config = GenerationConfig(max_new_tokens=max(limits), pad_token_id=0, **sampling)
+        out = self.peer.generate(ids, attention_mask=mask, generation_config=config, past_key_values=cache,
+                                 stopping_criteria=StoppingCriteriaList([Limits()]))
+        return [line[:n] for line, n in zip(out[:, ids.shape[1]:].tolist(), limits)]
+
+
+class Kept(Reprefill):
+    """generate() on top of one DynamicCache: a conversation has holes, which the attention mask hides."""
+
+    def start(self, plan: Plan, temperature: float) -> None:
+        from transformers import DynamicCache
+        super().start(plan, temperature)
+        ids, mask = pad_left(plan.prompts, self.peer.device)
+        self.cache = DynamicCache(config=self.peer.config)
+        with torch.no_grad():  # all but the last id, which generate() feeds
+            self.peer(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=self.cache, logits_to_keep=1,
+                      position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1])
+        self.cache.batch_repeat_interleave(plan.group)
+        self.ids, self.mask = (x.repeat_interleave(plan.group, 0) for x in (ids, mask))
+        self.rows, self.seen = list(range(len(self.ids))), [len(p) for p in plan.prompts for _ in range(plan.group)]
+
+    def speak(self, rows: list[int], talk: list[list[int]], limits: list[int]) -> list[list[int]]:
+        if rows != self.rows:
+            stay = torch.tensor([self.rows.index(i) for i in rows], device=self.ids.device)
+            self.cache.batch_select_indices(stay)
+            self.ids, self.mask, self.rows = self.ids[stay], self.mask[stay], rows
+        heard = [ids[self.seen[i]:] for i, ids in zip(rows, talk)]
+        if any(heard):
+            self.grow(*pad_left(heard, self.ids.device))
+        new = self.generate(self.ids, self.mask, limits, self.cache)
+        said, real = pad_left([ids[::-1] for ids in new], self.ids.device)
+        self.grow(said.flip(1), real.flip(1))  # padded on the right
+        for i, ids, said in zip(rows, talk, new):
+            self.seen[i] = len(ids) + len(said)
+        return new
+
+    def grow(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        self.ids, self.mask = torch.cat((self.ids, ids), 1), torch.cat((self.mask, mask), 1)
+
+
+def pad_left(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids -> ids (B, T) and attention mask (B, T), padded on the left."""
+    T = max(map(len, rows))
+    ids = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
+    return ids, torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+# -------------------------------------------------------------------------------------------- timing
+
+
+def seconds(side, plan: Plan, threads: int) -> float:
+    """Wall time of one rollout at temperature 1."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    roll_out(side, plan, 1.0)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def same_greedy_ids(shape: str, device: str, questions: int, group: int) -> dict[str, float]:
+    """Share of the conversations that come out as ours do, greedy, in float32; large shapes say less here."""
+    model, plan = make_model(shape, device, torch.float32), make_plan(shape, questions, group)
+    if shape not in ("tiny", "miniature"):
+        plan.said, plan.heard = [[6, 4]] * len(plan.said), [heard[:1] for heard in plan.heard]
+    peer, want = hugging_face(model), roll_out(Ours(model, plan), plan, 0.0)
+    sides = {"no_sharing": Ours(model, plan, share=False), "no_cache": Ours(model, plan, keep=False),
+             "no_leaving": Ours(model, plan, leave=False), "reprefill": Reprefill(peer, plan), "kept": Kept(peer, plan)}
+    same = {name: [a == b for a, b in zip(want, roll_out(side, plan, 0.0))] for name, side in sides.items()}
+    return {name: sum(rows) / len(rows) for name, rows in same.items()}
+
+
+def main() -> None:
+    """python bench/rollout.py"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="miniature")
+    parser.add_argument("--questions", type=int, help="prompts (default: 8, and 2 for the larger shapes)")
+    parser.add_argument("--group", type=int, help="traces a prompt (default: 8, and 4 for the larger shapes)")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the medians are taken (default: 5)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="counts to try on a CPU (default: 1 2)")
+    parser.add_argument("--no-greedy-check", action="store_true", help="don't compare greedy ids in float32 first")
+    args = parser.parse_args()
+    small, device = args.shape in ("tiny", "miniature"), pick_device()
+    questions, group = args.questions or (8 if small else 2), args.group or (8 if small else 4)
+    same = {} if args.no_greedy_check else same_greedy_ids(args.shape, device, min(questions, 8), min(group, 8))
+    print("greedy ids equal to ours:", same or "not checked", flush=True)
+    model = make_model(args.shape, device, torch.float32 if small else torch.bfloat16)
+    peer, plan = hugging_face(model), make_plan(args.shape, questions, group)
+    sides = {"ours": Ours(model, plan), "no_sharing": Ours(model, plan, share=False), "no_cache": Ours(model, plan, keep=False),
+             "no_leaving": Ours(model, plan, leave=False), "reprefill": Reprefill(peer, plan), "kept": Kept(peer, plan)}
+    threads = {}
+    for name, side in sides.items():  # this warms up too
+        tries = {n: seconds(side, plan, n) for n in (args.threads if device == "cpu" else args.threads[:1])}
+        threads[name] = min(tries, key=tries.get)
+        print(f"{name:<12} first", ", ".join(f"{t:.2f} s on {n} threads" for n, t in tries.items()), flush=True)
+    times = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, side in sides.items():
+            times[name].append(seconds(side, plan, threads[name]))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    tokens = sum(map(sum, plan.said))
+    for name, median in medians.items():
+        print(f"{name:<12}{median:8.2f} s  {tokens / median:8.0f} new tokens/s  {median / medians['ours']:6.2f} times ours")
+    print(json.dumps({"shape": args.shape, "device": device, "rows": len(plan.said), "new_tokens": tokens, "rounds": args.rounds,
+                      "greedy_equal": same, "threads": threads, "seconds": {n: round(m, 3) for n, m in medians.items()},
+                      "times_ours": {n: round(m / medians["ours"], 2) for n, m in medians.items()}}))
+
+
+if __name__ == "__main__":
+    main()
