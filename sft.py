@@ -132,15 +132,19 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main) -> None:
     """Run a program's main; a user's mistake, or what the disk refuses, ends it with one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number, "terminated")
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
     except (InputError, OSError, SafetensorError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        number, words = stop.args or (signal.SIGINT, "interrupted")
+        print(words, file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def pick_device() -> str:
@@ -318,8 +322,7 @@ class Run:
                 if asked or self.score is not None or (step + 1) % self.save_every == 0 or step + 1 == total:
                     self._save_checkpoint(step + 1, model, tokenizer, optimizer, more())
                 if asked:
-                    print(f"\nstopped after step {step}; go on with: {go_on()}", file=sys.stderr)
-                    raise SystemExit(128 + asked[0])
+                    raise KeyboardInterrupt(asked[0], f"stopped after step {step}; go on with: {go_on()}")
 
     def _save_checkpoint(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
                          more: dict) -> None:
