@@ -33,9 +33,9 @@ from tqdm import tqdm
 from agents import UTILITIES, AutoAgent, Call, Tool, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data.score import exact_match, f1, normalize
 from data.world import HELD_OUT, Question, make_questions, make_world
-from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json, token_logprobs
-from sft import (Run, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
-                 positive, run_main, set_up)
+from model import InputError, Sampler, Tokenizer, Transformer, load_model, token_logprobs
+from sft import (Run, SFTConfig, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad,
+                 pick_device, positive, read_config, run_main, set_up)
 
 
 # What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
@@ -443,7 +443,7 @@ def train(config: GRPOConfig) -> None:
     before = Path(config.out) / "sft"
     if not (before / "model" / "config.json").exists():
         raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
-    world = make_world(read_json(before / "config.json")["seed"])
+    world = make_world(read_config(SFTConfig, before / "config.json").seed)
     questions = make_questions(world)
     with world.sealed():
         stage = Stage(before / "model", config)

@@ -111,6 +111,16 @@ def command_line(config_class: type, description: str):
     return config_class(**vars(parser.parse_args()))
 
 
+def read_config(config_class: type, path: Path):
+    """The config.json of a stage's run; InputError names the key that is unknown or has a value of another type."""
+    raw = read_json(path)
+    types = {f.name: get_args(f.type) or (f.type,) for f in fields(config_class)}
+    for name, value in raw.items():
+        if name not in types or type(value) not in types[name] and not (type(value) is int and float in types[name]):
+            raise InputError(f"{path}: {name} can't be {value!r}" if name in types else f"{path}: unknown key {name}")
+    return config_class(**raw)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, without the usage, and an unknown flag is named before all else."""
 
@@ -122,6 +132,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self) -> argparse.Namespace:
         for word in sys.argv[1:]:
+            if word != word.encode("utf-8", "replace").decode():
+                self.error(f"not UTF-8: {ascii(word)}")
             if word.startswith("--") and word.split("=")[0] not in self.flags():
                 self.error(f"unknown flag {word}")
         return super().parse_args()
