@@ -52,10 +52,15 @@ class ModelConfig:
                 raise InputError(f"{folder / 'config.json'}: {key} is {raw[key]!r}, only {want!r} is supported")
         for f in fields(ModelConfig):
             value = raw.get(f.name)
-            if not (type(value) in (f.type, int) if f.type is float else type(value) is f.type) or not value and f.type is not bool:
+            if not (type(value) in (f.type, int) if f.type is float else type(value) is f.type) \
+                    or f.type is not bool and not 0 < value < 1e12:
                 raise InputError(f"{folder / 'config.json'}: {f.name} should be a {f.type.__name__} above 0, found {value!r}"
                                  .replace("a bool above 0", "true or false"))
-        return ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+        c = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+        if c.num_hidden_layers > 1000 or c.hidden_size % (2 * c.num_attention_heads) or c.num_attention_heads % c.num_key_value_heads:
+            raise InputError(f"{folder / 'config.json'}: no model has {c.num_hidden_layers} layers, hidden_size {c.hidden_size}, "
+                             f"{c.num_attention_heads} heads and {c.num_key_value_heads} kv-heads")
+        return c
 
 
 def read_json(path: Path) -> dict:
