@@ -184,7 +184,7 @@ def check_tools(tools: list[dict]) -> list[Tool]:
 
     Checked: the four parts and no other; name of 1 to 64 letters, digits, _ or -, used once and by no utility
     tool; a description; both schemas valid JSON Schema, of type object with properties, required among them, no
-    $ref, no pattern, no deep nesting. Not checked: that the tool is of any use, or that the description is true."""
+    $ref, no pattern, no dependentSchemas, no deep nesting. Not checked: that the tool is of any use, or that the description is true."""
     if not 1 <= len(tools) <= MAX_TOOLS:
         raise Rejected(f"not 1 to {MAX_TOOLS} tools" if tools else "no tools")
     made: list[Tool] = []
@@ -295,7 +295,7 @@ def _check_depth(node: object, depth: int, names: bool = False) -> None:
     if depth > 2 * MAX_DEPTH:
         raise Rejected("schema too deep")
     if isinstance(node, dict):
-        for key in ("$ref", "$dynamicRef", "pattern", "patternProperties"):
+        for key in ("$ref", "$dynamicRef", "pattern", "patternProperties", "dependentSchemas"):
             if key in node and not names:
                 raise Rejected(f"schema with {key}")
         for key, child in node.items():
@@ -340,18 +340,23 @@ class Turn:
     error: str | None = None
 
     def said(self) -> list[str]:
-        """For people: thought, calls, answer, a line each."""
+        """For people: thought, calls, answer, a line each; nothing in them moves a terminal's cursor."""
         calls = [f"  calls     {c.name}({', '.join(f'{k}={v!r}' for k, v in c.arguments.items())})" for c in self.calls]
-        return [*([f"  thinks    {self.thought}"] if self.thought else []), *calls,
-                *([f"  answers   {self.answer}"] if self.answer is not None else []),
-                *([f"  malformed {self.error}"] if self.error else [])]
+        return [*map(_printable, [*([f"  thinks    {self.thought}"] if self.thought else []), *calls,
+                                  *([f"  answers   {self.answer}"] if self.answer is not None else []),
+                                  *([f"  malformed {self.error}"] if self.error else [])])]
 
     def heard(self) -> list[str]:
         """For people: what came back, a line a call."""
-        return [f"  observes  {result_text(c.observation)}" for c in self.calls]
+        return [_printable(f"  observes  {result_text(c.observation)}") for c in self.calls]
 
 
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*?)\s*", re.DOTALL)
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+# None of these takes more than linear time, whatever a model writes: no two parts compete for the same text.
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
 
@@ -361,17 +366,18 @@ def parse_turn(text: str) -> Turn:
     quoted inside the thought is neither a call nor an answer; nothing may follow the answer or the last call."""
     if not (match := THOUGHT.fullmatch(text)):
         return Turn(error="no thought")
-    thought, rest = match[1].strip(), match[2]
+    thought, rest = match[1].strip(), match[2].strip()
     if "<think>" in thought:
         return Turn(error="nested thought")
     if match := ANSWER.fullmatch(rest):
         if "<" in match[1]:
             return Turn(error="tag in the answer")
         return Turn(thought, answer=match[1].strip())
-    bodies = CALLS.findall(rest)
+    end = rest.rfind("</tool_call>") + len("</tool_call>")
+    bodies = CALLS.findall(rest, 0, end)
     if not bodies:
         return Turn(error="neither call nor answer" if "<answer>" not in rest else "answer not alone")
-    if CALLS.sub("", rest):
+    if CALLS.sub("", rest[:end]) + rest[end:]:
         return Turn(error="text beside the calls")
     return Turn(thought, [parse_call(body) for body in bodies])
 
@@ -467,9 +473,9 @@ class AutoAgent:
         """Open the traces; each run of `group` of them has question and tools in common, read once."""
         encode = self.sampler.tokenizer.encode
         for i in range(0, len(traces), group):
-            prompt = self.prompt(traces[i].question, traces[i].tools) + ([CLOSED_BOOK] if closed_book else [])
+            prompt = encode(self.prompt(traces[i].question, traces[i].tools) + ([CLOSED_BOOK] if closed_book else []))
             for trace in traces[i:i + group]:
-                trace.hear(encode(prompt))
+                trace.hear(prompt)
         for trace in traces:
             trace.status = "open" if len(trace.ids) < self.trace_tokens else "truncated"  # no room to speak
         live = [trace for trace in traces if trace.status == "open"]
@@ -536,10 +542,13 @@ def run_calls(traces: list[Trace], backend) -> None:
 
 def call_error(call: Call, tools: dict[str, Tool]) -> str | None:
     """Why a call can't be made, in a line that the agent may learn from; None if it can."""
-    if call.name not in tools:
-        return "unknown tool"
+    return misfit(tools[call.name].arguments_fit, call.arguments) if call.name in tools else "unknown tool"
+
+
+def misfit(validator: jsonschema.Draft202012Validator, value: dict) -> str | None:
+    """What is wrong with a value by its schema, in a line; None if it fits."""
     try:
-        error = next(tools[call.name].arguments_fit.iter_errors(call.arguments), None)
+        error = next(validator.iter_errors(value), None)
     except (ArithmeticError, RecursionError):  # a number or a nesting that the schema's arithmetic can't hold
         return "arguments out of range"
     return error.message[:80] if error else None
@@ -605,7 +614,7 @@ def parse_observation(tool: Tool, text: str) -> dict | None:
         return None
     if isinstance(value, dict) and set(value) == {"error"} and isinstance(value["error"], str):
         return value
-    return value if isinstance(value, dict) and tool.result_fits.is_valid(value) else None
+    return value if isinstance(value, dict) and misfit(tool.result_fits, value) is None else None
 
 
 @dataclass
@@ -658,7 +667,7 @@ class ToolMaker:
         return [box or Toolbox("composition", [FALLBACK], 0) for box in boxes]
 
 
-TOOLS_REPLY = re.compile(r"\s*<think>(.*?)</think>\s*<kind>(.*?)</kind>\s*<tools>(.*)</tools>\s*", re.DOTALL)
+TOOLS_REPLY = re.compile(r"\s*<think>(?>(.*?)</think>)\s*<kind>(?>(.*?)</kind>)\s*<tools>(.*)</tools>\s*", re.DOTALL)
 
 
 def parse_tools(text: str) -> tuple[str, list[Tool]]:

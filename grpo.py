@@ -37,9 +37,9 @@ from data.read import Item, read_questions, write_predictions, write_questions
 from data.score import exact_match, f1, interval, normalize
 from data.tools import Real
 from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
-from model import InputError, ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model, read_json, token_logprobs
-from sft import (Run, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad, pick_device,
-                 positive, run_main, set_up, to_records)
+from model import InputError, ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model, token_logprobs
+from sft import (Run, SFTConfig, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad,
+                 pick_device, positive, read_config, run_main, set_up, to_records)
 
 
 # What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
@@ -78,6 +78,8 @@ class GRPOConfig:
     trace_tokens: int = option(896, "tokens a trace, prompt included")
     micro_tokens: int = option(4096, "padded tokens a pass of the trainer; turn down if memory runs out")
     eval_every: int = option(20, "steps between two looks at the held-out questions")
+    save_every: int = option(5, "steps between two checkpoints; one is also written at each of these looks")
+    resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
 
     def __post_init__(self):
         if self.loss not in LOSSES:
@@ -85,9 +87,9 @@ class GRPOConfig:
         for name, value in LOSSES[self.loss].items():
             setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         positive(self, "steps", "questions", "epochs", "minibatches", "lr", "clip_norm", "clip_low", "clip_high",
-                 "temperature", "max_turns", "turn_tokens", "trace_tokens", "eval_every", "w_consistency")
+                 "temperature", "max_turns", "turn_tokens", "trace_tokens", "eval_every", "save_every", "w_consistency")
         at_least(self, group=2, beta=0, threads=0, partial=0)  # a group of one has no baseline
-        if not self.w_answer * (1 - self.partial) > self.w_consistency * (1 - 1 / len(PARTS)):
+        if not float("inf") > self.w_answer * (1 - self.partial) > self.w_consistency * (1 - 1 / len(PARTS)):
             raise InputError(f"w_answer: {self.w_answer} is too small beside w_consistency {self.w_consistency}: a wrong "
                              "answer could outrank a right one; w_answer · (1 - partial) > w_consistency · "
                              f"(1 - 1/{len(PARTS)}) is needed")
@@ -276,6 +278,17 @@ class Stage:
         self.maker = ToolMaker(self.actor.sampler, **reply)
         self.boxes: dict[str, Toolbox] = {}
 
+    def state(self) -> dict:
+        """What a checkpoint has to remember: the tools that were made, the ToolActor's memory. The rest is frozen."""
+        boxes = {q: [box.kind, [json.loads(tool.definition) for tool in box.made], box.tries] for q, box in self.boxes.items()}
+        return {"boxes": boxes, "memo": list(self.actor.memo.items())}
+
+    def restore(self, state: dict) -> None:
+        """Take up what state() told."""
+        self.boxes = {q: Toolbox(kind, [Tool(**tool) for tool in made], tries)
+                      for q, (kind, made, tries) in state.get("boxes", {}).items()}
+        self.actor.memo.update(state.get("memo", []))
+
     def make_tools(self, questions: list[Question]) -> None:
         """The ToolMaker writes each question's tools, once."""
         todo = [q for q in questions if q.id not in self.boxes]
@@ -366,12 +379,13 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
     width = full.shape[1]
     old = score_all(model, traces, sorted(learn), width, config) if config.epochs * config.minibatches > 1 else None
     ref = score_all(reference, traces, sorted(learn), width, config) if config.beta > 0 else None
-    sums, gaps, trained, norms = defaultdict(float), [], 0, []
+    sums, gaps, trained, norms = defaultdict(float), [], 0, []  # norm NaN: a step that was dropped
     shuffle = random.Random(f"{config.seed} {lr}")
     for _ in range(config.epochs):
         order = shuffle.sample(live, len(live)) if config.minibatches > 1 else live
         for rows in np.array_split(np.array(order, dtype=int), config.minibatches):
             weights = token_weights(full[rows], config.loss, config.trace_tokens)     # over all, flat groups too
+            finite = True
             rows = [(n, int(i)) for n, i in enumerate(rows) if i in learn]
             for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens):
                 lines, part = zip(*(rows[j] for j in part))
@@ -382,6 +396,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
                 loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
                                           advantage[part].to(device), mask, weights[lines, :T].to(device), config)
                 loss.backward()
+                finite = finite and bool(loss.isfinite() and (logprobs - before).isfinite().all())
                 trained += sum(len(traces[i].ids) for i in part)
                 stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
                 if len(gaps) < len(learn):  # each trace's first pass: sampler against pi_old
@@ -389,12 +404,13 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
                 for name, value in stats.items():
                     sums[name] += float(value)
             if rows:  # else there is nothing to learn: no step, not even of momentum
-                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
+                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm, finite))
     tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
     gap = torch.cat(gaps) if gaps else torch.full((1,), torch.nan)  # nothing was looked at
+    made = [norm for norm in norms if np.isfinite(norm)]
     return {**{name: value / tokens for name, value in sums.items()}, "gap_mean": float(gap.mean()),
-            "gap_max": float(gap.max()), "trained": trained, "updates": len(norms),
-            "grad_norm": float(np.mean(norms)) if norms else 0.0, "loss": loss / max(1, len(norms))}
+            "gap_max": float(gap.max()), "trained": trained, "updates": len(made), "dropped": len(norms) - len(made),
+            "grad_norm": float(np.mean(made)) if made else 0.0, "loss": loss / max(1, len(norms))}
 
 
 def sampler_gap(traces: list[Trace], logprobs: Tensor, mask: Tensor) -> list[Tensor]:
@@ -406,7 +422,7 @@ def sampler_gap(traces: list[Trace], logprobs: Tensor, mask: Tensor) -> list[Ten
 # ---------------------------------------------------------------------------------------------- loop
 
 COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finished", "truncated", "flat_groups", "calls",
-           "length", "entropy", "kl", "clip_low", "clip_high", "gap_mean", "gap_max", "grad_norm", "updates", "lr",
+           "length", "entropy", "kl", "clip_low", "clip_high", "gap_mean", "gap_max", "grad_norm", "updates", "dropped", "lr",
            "memo_hits", "heldout_greedy", "heldout_sampled", "time_sample", "time_train", "time_sample_rate", "time_train_rate",
            "loss"]
 
@@ -440,7 +456,7 @@ def train(config: GRPOConfig) -> None:
     before = Path(config.out) / "sft"
     if not (before / "model" / "config.json").exists():
         raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
-    world = make_world(read_json(before / "config.json")["seed"])
+    world = make_world(read_config(SFTConfig, before / "config.json").seed)
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
         items = [replace(item, id=f"{file} {item.id}") for file in config.data for item in read_questions(file)[0]]
@@ -454,7 +470,10 @@ def train(config: GRPOConfig) -> None:
         held_out = [q for q in questions if q.set in HELD_OUT][::4]
     with world.sealed():
         stage = Stage(before / "model", config, room=config.trace_tokens if config.data else None)
-        run = Run(Path(config.out) / "grpo", config, COLUMNS)
+        run = Run(Path(config.out) / "grpo", config, COLUMNS, before / "model")
+        if run.finished:
+            return
+        stage.restore(run.state)
         plan = [[pool[(step * config.questions + i) % len(pool)] for i in range(config.questions)]
                 for step in range(config.steps)]
         stage.make_tools([*held_out, *(q for step in plan for q in step)])
@@ -468,8 +487,10 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
     config = stage.config
     agent = stage.agent(model, config.questions * config.group, config.temperature)
     optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
-    bar = tqdm(plan, desc="grpo", unit="step", mininterval=1)
-    for step, questions in enumerate(bar):
+    left, first = run.steps(len(plan), model, stage.tokenizer, optimizer, stage.state), run.state["step"]
+    bar = tqdm(left, desc="grpo", unit="step", mininterval=1, total=len(plan), initial=first)
+    for step in bar:
+        questions = plan[step]
         start, asked, hits = time.perf_counter(), stage.actor.asked, stage.actor.remembered
         traces, rewards, advantage = roll_out(stage, agent, questions, config, step)
         middle = time.perf_counter()
@@ -480,7 +501,10 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         end = time.perf_counter()
         row |= {"time_sample": middle - start, "time_sample_rate": sum(sum(t.mask) for t in traces) / (middle - start),
                 "time_train": end - middle, "time_train_rate": row.pop("trained") / (end - middle)}
-        if not row["updates"]:
+        if row["dropped"]:
+            run.save_traces(step, traces, "dropped.jsonl")
+            bar.write(f"step {step}: loss, gradient or log-ratio not finite; dropped, its traces are in dropped.jsonl")
+        elif not row["updates"]:
             bar.write(f"step {step}: no group has a better and a worse trace to learn from; no optimizer step")
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             result, seen = evaluate(stage, model, held_out)
@@ -549,9 +573,9 @@ def open_run(out: str, room: int | None = None) -> tuple[Stage, Transformer, Wor
     for part in ("sft", "grpo"):
         if not (folder / part / "model").is_dir():
             raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
-    config = GRPOConfig(**read_json(folder / "grpo" / "config.json"))
+    config = read_config(GRPOConfig, folder / "grpo" / "config.json")
     stage = Stage(folder / "sft" / "model", config, room=room or (config.trace_tokens if config.data else None))
-    return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_json(folder / "sft" / "config.json")["seed"])
+    return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_config(SFTConfig, folder / "sft" / "config.json").seed)
 
 
 class Cast:

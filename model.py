@@ -593,7 +593,8 @@ class Tokenizer:
             if type(piece) is str:
                 text += piece
                 continue
-            ids += self.plain.encode(text).ids if text else []
+            # A lone surrogate, which JSON can smuggle in, is no character: the encoder would refuse the whole text.
+            ids += self.plain.encode(text.encode("utf-8", "replace").decode()).ids if text else []
             text = ""
             if piece is not None:
                 ids.append(self.control[piece])

@@ -39,11 +39,12 @@ class RunConfig:
     seed: int = option(0, "the world and all that follows from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     toy: bool = option(False, "every stage in under a minute: a check that all works, nothing is learned")
+    resume: bool = option(False, "go on where an interrupted run stopped; finished stages are not repeated")
 
 
 def run(config: RunConfig) -> None:
     """The whole method, stage by stage, and its controls."""
-    shared = dict(out=config.out, seed=config.seed, threads=config.threads)
+    shared = dict(out=config.out, seed=config.seed, threads=config.threads, resume=config.resume)
     toy = TOY if config.toy else {"sft": {}, "grpo": {}}
     first, second = SFTConfig(**shared, **toy["sft"]), GRPOConfig(**shared, **toy["grpo"])
     out, seconds = Path(config.out), {}

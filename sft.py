@@ -7,26 +7,32 @@ Here too is what both stages share: a command line from a dataclass, batches, sc
 """
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
 import random
+import shlex
 import shutil
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Callable, Iterator, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data.world import make_world, teach
-from model import (InputError, ModelConfig, Tokenizer, Transformer, load_model, save_model, token_logprobs,
+from model import (InputError, ModelConfig, Tokenizer, Transformer, load_model, read_json, save_model, token_logprobs,
                    train_tokenizer)
 
 
@@ -55,6 +61,8 @@ class SFTConfig:
     clip_norm: float = option(1.0, "largest norm of the gradient")
     continued_steps: int = option(900, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
     eval_every: int = option(200, "steps between two looks at the held-out loss")
+    save_every: int = option(50, "steps between two checkpoints")
+    resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
     width: int = option(192, "D of the miniature")
     layers: int = option(3, "its blocks")
     heads: int = option(3, "its query heads")
@@ -64,7 +72,7 @@ class SFTConfig:
 
     def __post_init__(self):
         positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece_steps", "lr", "clip_norm",
-                 "eval_every", "width", "layers", "heads", "kv_heads", "mlp")
+                 "eval_every", "save_every", "width", "layers", "heads", "kv_heads", "mlp")
         at_least(self, threads=0, weight_decay=0, warmup=0, piece=2, continued_steps=1, vocab=300)
         if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
             raise InputError(f"heads: width {self.width}, {self.heads} heads and {self.kv_heads} kv-heads don't divide evenly")
@@ -74,16 +82,16 @@ class SFTConfig:
 
 
 def positive(config, *names: str) -> None:
-    """InputError for the first named field that isn't above zero."""
+    """InputError for the first named field that isn't above zero and finite."""
     for name in names:
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name}: expected a number above 0, found {getattr(config, name)!r}")
 
 
 def at_least(config, **bounds: float) -> None:
-    """InputError for the first named field below its bound."""
+    """InputError for the first named field below its bound, or infinite."""
     for name, bound in bounds.items():
-        if not getattr(config, name) >= bound:
+        if not bound <= getattr(config, name) < math.inf:
             raise InputError(f"{name}: expected at least {bound}, found {getattr(config, name)!r}")
 
 
@@ -106,6 +114,16 @@ def command_line(config_class: type, description: str):
     return config_class(**vars(parser.parse_args()))
 
 
+def read_config(config_class: type, path: Path):
+    """The config.json of a stage's run; InputError names the key that is unknown or has a value of another type."""
+    raw = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path).items()}
+    types = {f.name: get_args(f.type) or (f.type,) for f in fields(config_class)}
+    for name, value in raw.items():
+        if name not in types or type(value) not in types[name] and not (type(value) is int and float in types[name]):
+            raise InputError(f"{path}: {name} can't be {value!r}" if name in types else f"{path}: unknown key {name}")
+    return config_class(**raw)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, without the usage, and an unknown flag is named before all else."""
 
@@ -117,6 +135,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self) -> argparse.Namespace:
         for word in sys.argv[1:]:
+            if word != word.encode("utf-8", "replace").decode():
+                self.error(f"not UTF-8: {ascii(word)}")
             if word.startswith("--") and word.split("=")[0] not in self.flags():
                 self.error(f"unknown flag {word}")
         return super().parse_args()
@@ -126,15 +146,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main) -> None:
-    """Run a program's main; a user's mistake ends it with one line on stderr and exit code 2."""
+    """Run a program's main; a user's mistake, or what the disk refuses, ends it with one line on stderr and exit code 2."""
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number, "terminated")
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError, SafetensorError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        number, words = stop.args or (signal.SIGINT, "interrupted")
+        print(words, file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def pick_device() -> str:
@@ -146,6 +171,8 @@ def pick_device() -> str:
 
 def set_up(config) -> None:
     """Threads and torch's own random state."""
+    if abs(config.seed) >= 2 ** 63:
+        raise InputError(f"seed: expected a number of less than 64 bits, found {config.seed}")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -158,41 +185,201 @@ def half_precision(device: str):
     return torch.autocast(device, torch.bfloat16) if fast else nullcontext()
 
 
-class Run:
-    """One stage's folder: config.json, metrics.csv (a row a step), traces.jsonl, model/."""
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM put their number into, so that a step can be finished; a second one ends at once."""
+    asked: list[int] = []
 
-    def __init__(self, folder: Path, config, columns: list[str]):
-        self.folder = folder
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        asked.append(number)
+        restore()
+        os.write(2, b"\nfinishing this step; once more ends at once\n")  # print may be what was interrupted
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """A folder that is there whole or not at all: written under another name, synced, renamed."""
+    part = target.with_name("part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    for path in (*part.iterdir(), part):
+        sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(part, target)
+    sync(target.parent)
+
+
+def identity(folder: Path) -> dict:
+    """Name of a model folder and SHA-256 of its weights."""
+    digests = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": str(folder), "sha256": digests}
+
+
+class Run:
+    """One stage's folder: config.json, metrics.csv (a row a step), traces.jsonl, checkpoints/, model/.
+
+    A checkpoint is a model folder with the optimizer's moments and a state.json beside it. All that is random follows
+    from the seed and the step, so the step is all that there is to store of it. The last two are kept, and the best."""
+    LOGS = ("metrics.csv", "traces.jsonl", "dropped.jsonl")
+
+    def __init__(self, folder: Path, config, columns: list[str], source: Path | None = None):
+        """source: the model folder that the stage starts from."""
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise InputError(f"{folder}: holds something that is not a run; nothing was touched")
+        self.folder, self.save_every = folder, config.save_every
+        self.source = identity(source) if source else None
+        self.finished = config.resume and (folder / "model" / "config.json").exists()
+        self.score: float | None = None  # of the last step, where the held-out questions were asked
+        self.state = {"step": 0, "dropped": 0, "scores": {}, "logs": {}}
+        self.checkpoint = self._newest()
+        if self.checkpoint and not config.resume and not (folder / "model" / "config.json").exists():
+            raise InputError(f"{folder}: an unfinished run; --resume goes on with it, or remove it")
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-            self.file = open(folder / "metrics.csv", "w", newline="", encoding="utf-8")
+            if self.checkpoint and config.resume:
+                self._take_up(config)
+            elif not self.finished:
+                self._begin(config)
+            self.file = open(folder / "metrics.csv", "a", newline="", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{folder}: can't write a run there ({error.strerror})") from None
         self.writer = csv.DictWriter(self.file, columns)
-        self.writer.writeheader()
+        if not self.file.tell():
+            self.writer.writeheader()
+
+    def _begin(self, config) -> None:
+        old = self.folder.with_name(self.folder.name + ".part")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():  # renamed first: half a folder would be nobody's
+            os.replace(self.folder, old)
+            shutil.rmtree(old)
+        self.checkpoint = None
+        self.folder.mkdir(parents=True)
+        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        if config.resume:
+            print(f"{self.folder}: no checkpoint to go on from; starting at the beginning", file=sys.stderr)
+
+    def _take_up(self, config) -> None:
+        begun = read_json(self.folder / "config.json")
+        for name, value in json.loads(json.dumps(asdict(config))).items():
+            if name not in ("out", "resume") and value != begun.get(name):
+                raise InputError(f"{name}: the run in {self.folder} was begun with {begun.get(name)!r}, not {value!r}; "
+                                 "--resume goes on as it began")
+        self.state = read_json(self.checkpoint / "state.json")
+        if self.source and self.source["sha256"] != self.state["source"]["sha256"]:
+            raise InputError(f"{self.source['name']}: not the model that the run in {self.folder} began with")
+        for name in self.LOGS:  # what was written after the checkpoint will be written again
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, self.state["logs"].get(name, 0))
+
+    def _newest(self) -> Path | None:
+        """The newest checkpoint whose files are whole; one that isn't was damaged after it had been written."""
+        for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True):
+            try:
+                read_json(folder / "state.json")
+                for name in ("model", "optimizer"):
+                    with safe_open(folder / f"{name}.safetensors", framework="pt"):  # compares the sizes
+                        pass
+                return folder
+            except (InputError, SafetensorError, OSError) as error:
+                print(f"{folder}: damaged, going back to the one before ({error})", file=sys.stderr)
+        return None
 
     def log(self, row: dict) -> None:
-        """One row of metrics.csv; numbers with six digits."""
+        """One row of metrics.csv; numbers with six digits. Three steps in a row that had to be dropped are the end."""
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self.file.flush()
+        self.score = row["heldout_greedy"] if isinstance(row.get("heldout_greedy"), float) else None
+        self.state["dropped"] = self.state["dropped"] + 1 if row["dropped"] else 0
+        if self.state["dropped"] == 3:
+            raise SystemExit(f"step {row['step']}: loss, gradient or log-ratio not finite, three steps in a row; "
+                             f"{self.folder / 'dropped.jsonl'} has the traces")
 
-    def save_traces(self, step: int, traces: list[Trace]) -> None:
-        """Whole traces to traces.jsonl."""
-        with open(self.folder / "traces.jsonl", "a", encoding="utf-8") as file:
+    def save_traces(self, step: int, traces: list[Trace], file: str = "traces.jsonl") -> None:
+        """Whole traces to traces.jsonl; to dropped.jsonl those of a step that could not be made."""
+        with open(self.folder / file, "a", encoding="utf-8", errors="backslashreplace") as lines:  # a lone surrogate
             for trace in traces:
-                file.write(json.dumps({"step": step, **trace.record()}, ensure_ascii=False) + "\n")
+                lines.write(json.dumps({"step": step, **trace.record()}, ensure_ascii=False) + "\n")
+
+    def steps(self, total: int, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
+              more: Callable[[], dict] = dict) -> Iterator[int]:
+        """The steps that are left to make. Between two of them, and at the end, a checkpoint is written where one is
+        due, with `more` that the stage has to remember, and Ctrl-C and SIGTERM are heard."""
+        need = 4 * 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and two moments each
+        if (free := shutil.disk_usage(self.folder).free) < need:
+            raise InputError(f"{self.folder}: {need / 1e9:.2f} GB needed for checkpoints, {free / 1e9:.2f} GB free")
+        if self.checkpoint:
+            self._restore(model, optimizer)
+        with interrupts() as asked:
+            for step in range(self.state["step"], total):
+                yield step
+                if asked or self.score is not None or (step + 1) % self.save_every == 0 or step + 1 == total:
+                    self._save_checkpoint(step + 1, model, tokenizer, optimizer, more())
+                if asked:
+                    raise KeyboardInterrupt(asked[0], f"stopped after step {step}; go on with: {go_on()}")
+
+    def _save_checkpoint(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
+                         more: dict) -> None:
+        name, kept = f"{step:07d}", self.folder / "checkpoints"
+        self.state["scores"] |= {} if self.score is None else {name: self.score}
+        logs = {log: (self.folder / log).stat().st_size for log in self.LOGS if (self.folder / log).exists()}
+        self.state |= {"step": step, "logs": logs, "source": self.source, **more}
+
+        def write(part: Path) -> None:
+            save_model(model, tokenizer, part)
+            save_file({f"{weight}.{moment}": tensor for weight, p in model.named_parameters()
+                       for moment, tensor in optimizer.state.get(p, {}).items()}, part / "optimizer.safetensors")
+            (part / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
+
+        for log in logs:
+            sync(self.folder / log)
+        write_whole(kept / name, write)
+        scores = {f: self.state["scores"].get(f.name, -1.0) for f in sorted(kept.glob("[0-9]*"), reverse=True)}
+        for folder in [*scores][2:]:
+            if folder != max(scores, key=scores.get) or scores[folder] < 0:
+                os.replace(folder, kept / "part")  # never half of one under its own name
+                shutil.rmtree(kept / "part")
+
+    def _restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        weights = dict(model.named_parameters())
+        with safe_open(self.checkpoint / "model.safetensors", framework="pt") as tensors:
+            for name, weight in weights.items():
+                weight.data.copy_(tensors.get_tensor(name))
+        with safe_open(self.checkpoint / "optimizer.safetensors", framework="pt") as tensors:
+            for key in tensors.keys():
+                name, moment = key.rsplit(".", 1)
+                tensor = tensors.get_tensor(key).clone()
+                optimizer.state[weights[name]][moment] = tensor.to(weights[name].device) if tensor.dim() else tensor
 
     def save(self, model: Transformer, tokenizer: Tokenizer) -> None:
         """The model as a Hugging Face folder, whole or not at all."""
-        part, target = self.folder / "model.part", self.folder / "model"
-        shutil.rmtree(part, ignore_errors=True)
-        save_model(model, tokenizer, part)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
+        write_whole(self.folder / "model", lambda part: save_model(model, tokenizer, part))
+
+
+def go_on() -> str:
+    """The command that takes up what this one leaves."""
+    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
@@ -209,14 +396,18 @@ def make_optimizer(model: Transformer, lr: float, weight_decay: float) -> torch.
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
-def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
-    """Clip, step, forget the gradient -> the gradient's norm before clipping."""
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float,
+                   finite: bool = True) -> float:
+    """Clip, step, forget the gradient -> the gradient's norm before clipping. NaN, and no step, where that norm or
+    what led to it isn't finite."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
+    finite = finite and math.isfinite(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm if finite else math.nan
 
 
 def pad(traces: list[Trace], device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -369,37 +560,50 @@ def held_out_loss(model: Transformer, traces: list[Trace], device: str) -> float
 
 ROLES = ("agent", "maker", "actor")
 COLUMNS = ["step", *(f"loss_{role}" for role in ROLES), "heldout_agent", "heldout_maker", "lr", "grad_norm", "tokens",
-           "time_step"]
+           "dropped", "time_step"]
 
 
-def new_miniature(config: SFTConfig, texts: list[str], folder: Path) -> tuple[Transformer, Tokenizer]:
-    """A tokenizer learned from the texts and a model of random weights with its ids."""
-    tokenizer = train_tokenizer(texts, config.vocab, folder, agents.CHAT_TEMPLATE)
+def new_miniature(config: SFTConfig, texts: list[str], run: Run) -> tuple[Transformer, Tokenizer]:
+    """A tokenizer learned from the texts, or the one of the run's checkpoint, and a model of random weights with its ids."""
+    tokenizer = Tokenizer(run.checkpoint) if run.checkpoint else train_tokenizer(
+        texts, config.vocab, run.folder / "model", agents.CHAT_TEMPLATE)
     shape = ModelConfig(tokenizer.size, config.width, config.mlp, config.layers, config.heads, config.kv_heads,
                         2048, 1e-6, 1e6, True)
     return Transformer(shape).init_weights(config.seed), tokenizer
 
 
-def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run, steps: int) -> None:
-    """The loop of stage 1: batch, loss, step, log."""
-    device, rng = str(model.device), random.Random(f"batches {config.seed}")
-    roles = [role for role in ROLES if data[role]]
+def lessons(data: dict, config: SFTConfig) -> Iterator[list[list[Trace]]]:
+    """Each step's batches, one a role: of pieces at first, in the end of whole conversations. Who wants those from a
+    later step on has to pass over the earlier ones."""
+    rng, roles = random.Random(f"batches {config.seed}"), [role for role in ROLES if data[role]]
     longest = max(len(trace.ids) for role in roles for trace in data[role])
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    bar = tqdm(range(steps), desc="sft", unit="step", mininterval=1)
-    for step in bar:
+    length = config.piece
+    while True:
+        now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
+        streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in roles]
+        for _ in range(config.piece_steps):
+            yield [next(stream) for stream in streams]
+        length *= 4
+
+
+def fit(model: Transformer, tokenizer: Tokenizer, data: dict, valid: dict, config: SFTConfig, run: Run, steps: int
+        ) -> None:
+    """The loop of stage 1: batch, loss, step, log."""
+    device, optimizer = str(model.device), make_optimizer(model, config.lr, config.weight_decay)
+    left, first = run.steps(steps, model, tokenizer, optimizer), run.state["step"]
+    roles = [role for role in ROLES if data[role]]
+    bar = tqdm(left, desc="sft", unit="step", mininterval=1, total=steps, initial=first)
+    for step, parts in zip(bar, islice(lessons(data, config), first, None)):
         start = time.perf_counter()
         lr = config.lr * schedule(step, steps, config.warmup)
-        if step % config.piece_steps == 0:  # the next stage of the warm-up, in the end the whole conversations
-            length = config.piece * 4 ** (step // config.piece_steps)
-            now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
-            streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in roles]
-        losses, tokens = train_step(model, [next(stream) for stream in streams], device)
-        norm = optimizer_step(model, optimizer, lr, config.clip_norm)
-        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(roles, losses)}, "lr": lr,
-               "grad_norm": norm, "tokens": tokens, "time_step": time.perf_counter() - start}
+        losses, tokens = train_step(model, parts, device)
+        norm = optimizer_step(model, optimizer, lr, config.clip_norm, all(map(math.isfinite, losses)))
+        row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(roles, losses)}, "lr": lr, "grad_norm": norm,
+               "tokens": tokens, "dropped": int(math.isnan(norm)), "time_step": time.perf_counter() - start}
         if step % config.eval_every == 0 or step == steps - 1:
             row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items() if traces}
+        if row["dropped"]:
+            run.save_traces(step, [trace for part in parts for trace in part], "dropped.jsonl")
         run.log(row)
         bar.set_postfix({role: f"{loss:.3f}" for role, loss in zip(roles, losses)}, refresh=False)
 
@@ -421,18 +625,20 @@ def encode(records: dict[str, list[dict]], tokenizer: Tokenizer) -> dict[str, li
 def train(config: SFTConfig) -> None:
     """Stage 1 from nothing, or from config.model, to OUT/sft/model."""
     set_up(config)
+    if config.model and Path(config.model).resolve().is_relative_to((Path(config.out) / "sft").resolve()):
+        raise InputError(f"model: {config.model} lies where this run would be written; give another --out")
+    source = Path(config.model) if config.model else None
+    start = load_model(source, pick_device()) if source else None  # what is broken is refused before anything is written
     records, valid, texts = prepare(config)
-    if config.model:  # which knows how to copy: no need to begin with pieces
-        if Path(config.model).resolve().is_relative_to((Path(config.out) / "sft").resolve()):
-            raise InputError(f"model: {config.model} lies where this run would be written; give another --out")
-        model, tokenizer = load_model(config.model, pick_device()), Tokenizer(config.model)
-        config = replace(config, piece=1_000_000)
-        run = Run(Path(config.out) / "sft", config, COLUMNS)
+    run = Run(Path(config.out) / "sft", config, COLUMNS, source)
+    if run.finished:
+        return
+    if source:  # it knows how to copy: no need to begin with pieces
+        model, tokenizer, config = start, Tokenizer(source), replace(config, piece=1_000_000)
     else:
-        run = Run(Path(config.out) / "sft", config, COLUMNS)
-        model, tokenizer = new_miniature(config, texts, run.folder / "model")
+        model, tokenizer = new_miniature(config, texts, run)
         model.to(pick_device())
-    fit(model, encode(records, tokenizer), encode(valid, tokenizer), config, run, config.steps)
+    fit(model, tokenizer, encode(records, tokenizer), encode(valid, tokenizer), config, run, config.steps)
     run.save(model, tokenizer)
 
 
@@ -440,10 +646,13 @@ def train_on(config: SFTConfig, steps: int) -> None:
     """The control: more of the same from OUT/sft/model to OUT/sft_continued/model, warmed up again to half the rate."""
     set_up(config)
     folder = Path(config.out) / "sft" / "model"
-    run = Run(Path(config.out) / "sft_continued", config, COLUMNS)
+    run = Run(Path(config.out) / "sft_continued", config, COLUMNS, folder)
+    if run.finished:
+        return
     model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
     data, valid = (encode(part, tokenizer) for part in teach(config.seed))
-    fit(model, data, valid, replace(config, seed=config.seed + 1000, piece=1_000_000, lr=config.lr / 2), run, steps)
+    later = replace(config, seed=config.seed + 1000, piece=1_000_000, lr=config.lr / 2)
+    fit(model, tokenizer, data, valid, later, run, steps)
     run.save(model, tokenizer)
 
 

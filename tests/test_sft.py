@@ -205,8 +205,8 @@ def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     batches = []
     monkeypatch.setattr(sft, "train_step", lambda _, parts, device: batches.append(parts) or ([0.0] * 3, 1))
     monkeypatch.setattr(sft, "optimizer_step", lambda *_: 0.0)
-    run = SimpleNamespace(log=lambda row: None)
-    sft.fit(tiny(), data, {}, SFTConfig(piece=8, piece_steps=3), run, 30)
+    run = SimpleNamespace(log=lambda row: None, steps=lambda total, *_: range(total), state={"step": 0})
+    sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3), run, 30)
     lengths = [max(len(t.ids) for part in parts for t in part) for parts in batches]
     assert max(lengths[:3]) == 8 and 8 < max(lengths[3:6]) <= 32 and len(batches) == 30
     whole = [trace.ids for trace in data["agent"]]
@@ -402,7 +402,7 @@ def without_class(source, name):
                          ids=lambda value: getattr(value, "__name__", value))
 def test_every_option_is_read_somewhere(config, field):
     """Outside of the class itself, as an attribute of a config or by a getattr with a made-up name."""
-    shared = inspect.getsource(sft.set_up)  # which every stage hands its config to
+    shared = inspect.getsource(sft.set_up) + inspect.getsource(sft.Run)  # which every stage hands its config to
     read = re.findall(rf"\bconfig\.{field}\b", shared)
     for file, name in CONFIGS[config].items():
         source = without_class((ROOT / file).read_text(encoding="utf-8"), config.__name__)
