@@ -54,13 +54,13 @@ class ModelConfig:
         for f in fields(ModelConfig):
             value = raw.get(f.name)
             fits = type(value) in ((int, float) if f.type is float else (f.type,))
-            if not fits or f.type is not bool and not value > 0:
+            if not fits or f.type is not bool and not 0 < value < 1e12:
                 raise InputError(f"{folder / 'config.json'}: {f.name} should be {want[f.type]}, found {value!r}")
         config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        if D % (2 * H) or H % K:
-            raise InputError(f"{folder / 'config.json'}: hidden_size {D}, num_attention_heads {H} and "
-                             f"num_key_value_heads {K} don't divide evenly")
+        if D % (2 * H) or H % K or config.num_hidden_layers > 1000:
+            raise InputError(f"{folder / 'config.json'}: {config.num_hidden_layers} layers, hidden_size {D}, num_attention_heads {H} "
+                             f"and num_key_value_heads {K} make no model")
         return config
 
 

@@ -119,7 +119,8 @@ def read_config(config_class: type, path: Path):
     raw = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path).items()}
     types = {f.name: get_args(f.type) or (f.type,) for f in fields(config_class)}
     for name, value in raw.items():
-        if name not in types or type(value) not in types[name] and not (type(value) is int and float in types[name]):
+        fits = type(value) in types.get(name, ()) or type(value) is int and float in types.get(name, ())
+        if not fits or type(value) is int and abs(value) >= 2 ** 63:
             raise InputError(f"{path}: {name} can't be {value!r}" if name in types else f"{path}: unknown key {name}")
     return config_class(**raw)
 

@@ -2,10 +2,12 @@
 
   ours        one cache: a group's prompt read once, observations appended, rows that have ended their turn leave
   reprefill   generate, the whole conversation read again each turn, as most small RL repositories do
-  kept        generate with its cache kept across turns, the prompt read once a group, rows dropped between turns
+  kept        generate with its cache kept across turns, rows dropped between turns
+  kept_shared the same, and the prompt read once a group: all that its cache can do
+  no_sharing, no_cache, no_leaving    ours with one part of the gain switched off
 
 Turns have lengths, not stop ids: every side says as many tokens as the plan asks of each row, and generate's rows stop
-by a criterion of their own, as they would at a stop id. Ours returns log-probabilities too; generate here doesn't.
+by a criterion of their own, as they would at a stop id; so greedy ids can be compared. Ours returns log-probabilities too; generate here doesn't.
 Rounds are interleaved; on a CPU each side has the better of one and two threads. The last line is a JSON object."""
 import argparse
 import json
@@ -188,15 +190,20 @@ class Reprefill:
 class Kept(Reprefill):
     """generate() on top of one DynamicCache: a conversation has holes, which the attention mask hides."""
 
+    def __init__(self, peer, plan: Plan, share: bool = False):
+        super().__init__(peer, plan)
+        self.share = share
+
     def start(self, plan: Plan, temperature: float) -> None:
         from transformers import DynamicCache
         super().start(plan, temperature)
         ids, mask = pad_left(plan.prompts, self.peer.device)
         self.cache = DynamicCache(config=self.peer.config)
-        with torch.no_grad():  # all but the last id, which generate() feeds
-            self.peer(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=self.cache, logits_to_keep=1,
-                      position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1])
-        self.cache.batch_repeat_interleave(plan.group)
+        if self.share:
+            with torch.no_grad():  # all but the last id, which generate() feeds
+                self.peer(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=self.cache, logits_to_keep=1,
+                          position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1])
+            self.cache.batch_repeat_interleave(plan.group)
         self.ids, self.mask = (x.repeat_interleave(plan.group, 0) for x in (ids, mask))
         self.rows, self.seen = list(range(len(self.ids))), [len(p) for p in plan.prompts for _ in range(plan.group)]
 
@@ -216,6 +223,7 @@ class Kept(Reprefill):
         return new
 
     def grow(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Columns to all rows."""
         self.ids, self.mask = torch.cat((self.ids, ids), 1), torch.cat((self.mask, mask), 1)
 
 
@@ -239,15 +247,23 @@ def seconds(side, plan: Plan, threads: int) -> float:
     return time.perf_counter() - start
 
 
-def same_greedy_ids(shape: str, device: str, questions: int, group: int) -> dict[str, float]:
+SIDES = {
+    "ours": lambda model, peer, plan: Ours(model, plan),
+    "no_sharing": lambda model, peer, plan: Ours(model, plan, share=False),
+    "no_cache": lambda model, peer, plan: Ours(model, plan, keep=False),
+    "no_leaving": lambda model, peer, plan: Ours(model, plan, leave=False),
+    "reprefill": lambda model, peer, plan: Reprefill(peer, plan),
+    "kept": lambda model, peer, plan: Kept(peer, plan),
+    "kept_shared": lambda model, peer, plan: Kept(peer, plan, share=True)}
+
+
+def same_greedy_ids(shape: str, device: str, sides: list[str], questions: int, group: int) -> dict[str, float]:
     """Share of the conversations that come out as ours do, greedy, in float32; large shapes say less here."""
     model, plan = make_model(shape, device, torch.float32), make_plan(shape, questions, group)
     if shape not in ("tiny", "miniature"):
         plan.said, plan.heard = [[6, 4]] * len(plan.said), [heard[:1] for heard in plan.heard]
     peer, want = hugging_face(model), roll_out(Ours(model, plan), plan, 0.0)
-    sides = {"no_sharing": Ours(model, plan, share=False), "no_cache": Ours(model, plan, keep=False),
-             "no_leaving": Ours(model, plan, leave=False), "reprefill": Reprefill(peer, plan), "kept": Kept(peer, plan)}
-    same = {name: [a == b for a, b in zip(want, roll_out(side, plan, 0.0))] for name, side in sides.items()}
+    same = {name: [a == b for a, b in zip(want, roll_out(SIDES[name](model, peer, plan), plan, 0.0))] for name in sides}
     return {name: sum(rows) / len(rows) for name, rows in same.items()}
 
 
@@ -259,16 +275,17 @@ def main() -> None:
     parser.add_argument("--group", type=int, help="traces a prompt (default: 8, and 4 for the larger shapes)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the medians are taken (default: 5)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="counts to try on a CPU (default: 1 2)")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=list(SIDES), metavar="SIDE", help="default: all")
     parser.add_argument("--no-greedy-check", action="store_true", help="don't compare greedy ids in float32 first")
     args = parser.parse_args()
     small, device = args.shape in ("tiny", "miniature"), pick_device()
     questions, group = args.questions or (8 if small else 2), args.group or (8 if small else 4)
-    same = {} if args.no_greedy_check else same_greedy_ids(args.shape, device, min(questions, 8), min(group, 8))
+    few = 8 if small else 2
+    same = {} if args.no_greedy_check else same_greedy_ids(args.shape, device, args.sides, min(questions, few), min(group, few))
     print("greedy ids equal to ours:", same or "not checked", flush=True)
     model = make_model(args.shape, device, torch.float32 if small else torch.bfloat16)
     peer, plan = hugging_face(model), make_plan(args.shape, questions, group)
-    sides = {"ours": Ours(model, plan), "no_sharing": Ours(model, plan, share=False), "no_cache": Ours(model, plan, keep=False),
-             "no_leaving": Ours(model, plan, leave=False), "reprefill": Reprefill(peer, plan), "kept": Kept(peer, plan)}
+    sides = {name: SIDES[name](model, peer, plan) for name in dict.fromkeys(["ours", *args.sides])}
     threads = {}
     for name, side in sides.items():  # this warms up too
         tries = {n: seconds(side, plan, n) for n in (args.threads if device == "cpu" else args.threads[:1])}
