@@ -522,6 +522,13 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
 LIMITS = {"max_turns": 8, "turn_tokens": 1024, "trace_tokens": 4096}  # of a checkpoint that no run says more of
 
 
+def check_sampling(config) -> None:
+    """InputError for a temperature, top_p or top_k that can't be drawn with."""
+    at_least(config, temperature=0, top_k=0)
+    if not 0 < config.top_p <= 1:
+        raise InputError(f"top_p: expected a share above 0 and at most 1, found {config.top_p}")
+
+
 @dataclass
 class EvalConfig:
     """What mtr.py eval can be told."""
@@ -536,6 +543,8 @@ class EvalConfig:
     tools: bool = option(True, "without them: the baseline, a direct answer")
     samples: int = option(1, "answers a question")
     temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
+    top_p: float = option(1.0, "only the fewest, likeliest tokens that hold this share are drawn")
+    top_k: int = option(0, "and of these the likeliest so many; 0: all")
     seed: int = option(0, "all random numbers of the traces")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     rows: int = option(64, "traces side by side; turn down if memory runs out")
@@ -545,7 +554,8 @@ class EvalConfig:
 
     def __post_init__(self):
         positive(self, "samples", "rows", *(name for name in LIMITS if getattr(self, name) is not None))
-        at_least(self, temperature=0, threads=0)
+        at_least(self, threads=0)
+        check_sampling(self)
         if self.temperature == 0 and self.samples > 1:
             raise InputError("samples: greedy answers are all the same; give a --temperature above 0")
         if not self.data and (self.model or self.grounded):
@@ -603,7 +613,7 @@ class Cast:
         played = "real: the world" if config.backend == "real" else f"simulated: {simulator}" + " grounded" * config.grounded
         own = f"real: {config.real_tools} {fingerprint(config.real_tools)}" if self.real else ""
         self.backend = " + ".join(filter(None, ["" if self.alone else played, own])) if config.tools else "none"
-        self.settings = [self.name, self.backend, c.seed, c.temperature, c.max_turns, c.turn_tokens, c.trace_tokens]
+        self.settings = [self.name, self.backend, c.seed, c.temperature, c.top_p, c.top_k, c.max_turns, c.turn_tokens, c.trace_tokens]
 
     def tools(self, item: Item) -> list[Tool]:
         """The ToolMaker's for this question, with the user's; where both have a name, the user's."""
@@ -619,6 +629,8 @@ class Cast:
         config, done = self.config, read_lines(path, by)
         todo = [(q, sample) for q in items for sample in range(config.samples) if (q.id, sample) not in done]
         agent = self.stage.agent(self.model, min(config.rows, len(todo)), config.temperature) if todo else None
+        if agent:
+            agent.sampler.top_p, agent.sampler.top_k = config.top_p, config.top_k
         backend, self.boxes = Real(self.world.real) if self.world and config.backend == "real" else self.stage.actor, {}
         with open(path, "a", encoding="utf-8") as file:
             for i in tqdm(range(0, len(todo), config.rows), desc=items[0].set, unit="batch"):

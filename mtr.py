@@ -23,7 +23,7 @@ from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, load_tools, run
 from data.score import exact_match, f1
 from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
-from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, evaluate_files, open_run, teach
+from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, check_sampling, evaluate_files, open_run, teach
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json
 from sft import SFTConfig, option
 
@@ -40,6 +40,26 @@ class RunConfig:
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     toy: bool = option(False, "every stage in under a minute: a check that all works, nothing is learned")
     resume: bool = option(False, "go on where an interrupted run stopped; finished stages are not repeated")
+
+
+@dataclass
+class ShowConfig:
+    """What show can be told."""
+    out: str = option("run", "run folder")
+
+
+@dataclass
+class AskConfig:
+    """What ask can be told."""
+    out: str = option("run", "run folder whose models are asked")
+    model: str = option("", "a Qwen2.5 checkpoint folder that plays all three roles in their place")
+    tools: str = option("", "your own tools in place of the ToolMaker's: JSON list of OpenAI functions, or Python")
+    temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
+    top_p: float = option(1.0, "only the fewest, likeliest tokens that hold this share are drawn")
+    top_k: int = option(0, "and of these the likeliest so many; 0: all")
+
+    def __post_init__(self):
+        check_sampling(self)
 
 
 def run(config: RunConfig) -> None:
@@ -208,15 +228,16 @@ def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[Tool
     return ToolMaker(other, 2 * TURN_TOKENS), agent, ToolActor(other, TURN_TOKENS)
 
 
-def ask(out: str, question: str, model: str | None, tools: str | None) -> None:
+def ask(question: str, config: AskConfig) -> None:
     """The three agents on one question, each part shown as it comes. With a checkpoint folder that one plays all three;
     with a file of tools the ToolMaker isn't asked."""
-    own = load_tools(tools) if tools else []
-    if model:
-        (maker, agent, actor), sealed = open_checkpoint(model, question, own), nullcontext()
+    own = load_tools(config.tools) if config.tools else []
+    if config.model:
+        (maker, agent, actor), sealed = open_checkpoint(config.model, question, own), nullcontext()
     else:
-        stage, policy, world = open_run(out)
+        stage, policy, world = open_run(config.out)
         maker, agent, actor, sealed = stage.maker, stage.agent(policy, 1, 0.0), stage.actor, world.sealed()
+    agent.temperature, agent.sampler.top_p, agent.sampler.top_k = config.temperature, config.top_p, config.top_k
     if not own:
         box = maker.make([question])[0]
         own = box.tools
@@ -263,34 +284,34 @@ def traces(config: TracesConfig) -> None:
     print(f"learn from them with: python sft.py --model {config.model} --traces {config.out} --out RUN")
 
 
+COMMANDS = (("ask", "answer one question", AskConfig), ("eval", "evaluate on question files", EvalConfig),
+            ("traces", "stage 0: a teacher's traces", TracesConfig), ("show", "print what a run left", ShowConfig))
+
+
 def main() -> None:
     """Dispatch on the command."""
     parser = sft.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sft.add_options(parser, RunConfig)
     commands = parser.add_subparsers(dest="command", title="commands", parser_class=sft.Parser)
-    for name, meaning, options in (("ask", "answer one question", None), ("eval", "evaluate on question files", EvalConfig),
-                                   ("traces", "stage 0: a teacher's traces", TracesConfig), ("show", "print what a run left", None)):
+    for name, meaning, config in COMMANDS:
         command = commands.add_parser(name, help=meaning, description=meaning)
-        if options:
-            sft.add_options(command, options)
-        else:
-            command.add_argument("--out", default="run", help="run folder (default: run)")
+        sft.add_options(command, config)
         if name == "ask":
             command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
-            command.add_argument("--model", metavar="FOLDER", help="a Qwen2.5 checkpoint to play all three roles")
-            command.add_argument("--tools", metavar="FILE", help="your own tools: JSON list of OpenAI functions, or Python")
     options = vars(parser.parse_args())
     command = options.pop("command")
+    config = {name: config for name, _, config in COMMANDS}.get(command, RunConfig)
+    config = config(**{f.name: options[f.name] for f in fields(config)})
     if command == "ask":
-        ask(options["out"], options["question"], options["model"], options["tools"])
+        ask(options["question"], config)
     elif command == "eval":
-        evaluate(EvalConfig(**{f.name: options[f.name] for f in fields(EvalConfig)}))
+        evaluate(config)
     elif command == "traces":
-        traces(TracesConfig(**{f.name: options[f.name] for f in fields(TracesConfig)}))
+        traces(config)
     elif command == "show":
-        show(options["out"])
+        show(config.out)
     else:
-        run(RunConfig(**options))
+        run(config)
 
 
 if __name__ == "__main__":
