@@ -267,19 +267,22 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     return trace
 
 
-def cut(traces: list[Trace], tokens: int) -> list[Trace]:
+def cut(traces: list[Trace], tokens: int, enough: int) -> list[Trace]:
     """The end of each turn of the traces' own role, with what comes before it, at most `tokens` tokens; of a longer
-    turn several overlapping pieces.
+    turn several overlapping pieces; until there are `enough` tokens.
 
     From random weights, attention has first to find out that names are copied and where a fact's subject stands.
     Over hundreds of tokens that takes very long, over a few dozen it doesn't (sequence-length warm-up, Li et al. 2021)."""
-    made = []
+    made, total = [], 0
     for trace in traces:
         borders = [i for i in range(1, len(trace.mask) + 1) if (trace.mask + [0])[i] != trace.mask[i - 1]]
         for begin, end in zip(borders[::2], borders[1::2]):
             for stop in range(end, begin, -(tokens // 2)):
                 start = max(0, stop - tokens)
                 made.append(Trace(ids=trace.ids[start:stop], mask=[0] + trace.mask[start + 1:stop]))
+                total += stop - start
+        if total >= enough:
+            break
     return made
 
 
@@ -350,8 +353,12 @@ def fit(model: Transformer, data: dict, valid: dict, config: SFTConfig, run: Run
         lr = config.lr * schedule(step, steps, config.warmup)
         if step % config.piece_steps == 0:  # the next stage of the warm-up, in the end the whole conversations
             length = config.piece * 4 ** (step // config.piece_steps)
-            now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
-            streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in ROLES]
+            streams = []
+            for role in ROLES:
+                part, tokens = data[role], getattr(config, f"{role}_tokens")
+                if length < longest:
+                    part = cut(rng.sample(part, len(part)), length, tokens * config.piece_steps)
+                streams.append(batches(part, tokens, rng))
         losses, tokens = train_step(model, [next(stream) for stream in streams], device)
         norm = optimizer_step(model, optimizer, lr, config.clip_norm)
         row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(ROLES, losses)}, "lr": lr,
