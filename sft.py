@@ -500,19 +500,22 @@ def read_traces(path: str) -> tuple[dict[str, list[dict]], dict[str, list[dict]]
     return {role: [r for r in part.values() if r.get("question") not in held] for role, part in records.items()}, valid
 
 
-def cut(traces: list[Trace], tokens: int) -> list[Trace]:
+def cut(traces: list[Trace], tokens: int, enough: int) -> list[Trace]:
     """The end of each turn of the traces' own role, with what comes before it, at most `tokens` tokens; of a longer
-    turn several overlapping pieces.
+    turn several overlapping pieces; until there are `enough` tokens.
 
     From random weights, attention has first to find out that names are copied and where a fact's subject stands.
     Over hundreds of tokens that takes very long, over a few dozen it doesn't (sequence-length warm-up, Li et al. 2021)."""
-    made = []
+    made, total = [], 0
     for trace in traces:
         borders = [i for i in range(1, len(trace.mask) + 1) if (trace.mask + [0])[i] != trace.mask[i - 1]]
         for begin, end in zip(borders[::2], borders[1::2]):
             for stop in range(end, begin, -(tokens // 2)):
                 start = max(0, stop - tokens)
                 made.append(Trace(ids=trace.ids[start:stop], mask=[0] + trace.mask[start + 1:stop]))
+                total += stop - start
+        if total >= enough:
+            break
     return made
 
 
@@ -576,12 +579,15 @@ def new_miniature(config: SFTConfig, texts: list[str], run: Run) -> tuple[Transf
 def lessons(data: dict, config: SFTConfig) -> Iterator[list[list[Trace]]]:
     """Each step's batches, one a role: of pieces at first, in the end of whole conversations. Who wants those from a
     later step on has to pass over the earlier ones."""
-    rng, roles = random.Random(f"batches {config.seed}"), [role for role in ROLES if data[role]]
-    longest = max(len(trace.ids) for role in roles for trace in data[role])
-    length = config.piece
+    rng, length = random.Random(f"batches {config.seed}"), config.piece
+    longest = max(len(trace.ids) for part in data.values() for trace in part)
     while True:
-        now = {role: cut(traces, length) if length < longest else traces for role, traces in data.items()}
-        streams = [batches(now[role], getattr(config, f"{role}_tokens"), rng) for role in roles]
+        streams = []
+        for role in [role for role in ROLES if data[role]]:
+            part, tokens = data[role], getattr(config, f"{role}_tokens")
+            if length < longest:
+                part = cut(rng.sample(part, len(part)), length, tokens * config.piece_steps)
+            streams.append(batches(part, tokens, rng))
         for _ in range(config.piece_steps):
             yield [next(stream) for stream in streams]
         length *= 4

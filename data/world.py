@@ -368,7 +368,7 @@ def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
     return records
 
 
-def teach(seed: int, worlds: int = 25, each: int = 320) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+def teach(seed: int, worlds: int = 20, each: int = 300) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
     """The teacher's conversations by role: for training, and for the held-out loss.
 
     The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to

@@ -174,7 +174,7 @@ def made_up(length, mask=None, start=0):
 @pytest.mark.parametrize("tokens", [2, 8, 20, 64])
 def test_cut_makes_pieces_of_the_trace(tokens):
     trace = made_up(60, [0] * 10 + [1] * 30 + [0] * 5 + [1] + [0] * 4 + [1] * 5 + [0] * 5)
-    pieces = sft.cut([trace], tokens)
+    pieces = sft.cut([trace], tokens, 10_000)
     for piece in pieces:
         start, length = piece.ids[0], len(piece.ids)
         assert length == len(piece.mask) <= tokens and piece.ids == trace.ids[start:start + length]
@@ -186,14 +186,14 @@ def test_cut_makes_pieces_of_the_trace(tokens):
 
 
 def test_cut_brings_each_turn_with_what_was_before_it(tokenizer):
-    pieces = sft.cut([to_trace(AGENT, tokenizer)], 10_000)
+    pieces = sft.cut([to_trace(AGENT, tokenizer)], 10_000, 1)
     said = [text for pair in zip(AGENT_HEARS, AGENT_SAYS) for text in pair]
     assert [tokenizer.decode(p.ids) for p in pieces] == ["".join(said[:n]) for n in (2, 4, 6)]
 
 
 def test_cut_leaves_its_input_alone():
     trace = made_up(50)
-    sft.cut([trace], 8)
+    sft.cut([trace], 8, 10_000)
     assert (trace.ids, trace.mask) == (list(range(50)), [i % 2 for i in range(50)])
 
 
