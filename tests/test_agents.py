@@ -1036,7 +1036,7 @@ def test_a_trace_is_the_same_whatever_batch_it_ran_in(tokenizer, tiny, monkeypat
     """The real sampler in float64 on random weights, <|im_end|> made likely: three turns, ragged, with one to three
     results after each. In groups, alone, in reverse and beside others; and the trainer finds the log-probabilities."""
     model = tiny(vocab=tokenizer.size)
-    boost = 7.0 * (torch.arange(tokenizer.size) == tokenizer.end)
+    boost = 8.0 * (torch.arange(tokenizer.size) == tokenizer.end)
     monkeypatch.setattr(model, "head", lambda states, head=model.head: head(states) + boost)
     monkeypatch.setattr(agents, "parse_turn", lambda text: Turn("", [Call("none")] * (1 + len(text) % 3)))
 
