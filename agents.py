@@ -221,10 +221,14 @@ def load_tools(path: Path) -> list[Tool]:
             spec.loader.exec_module(module)
             pairs = list(module.TOOLS)
         else:
-            pairs = [(schema, None) for schema in strict_json(path.read_text(encoding="utf-8"), most=100_000)]
+            schemas = strict_json(path.read_text(encoding="utf-8"), most=100_000)
+            if not isinstance(schemas, list):
+                raise Rejected("expected a JSON list of tools")
+            pairs = [(schema, None) for schema in schemas]
         if not pairs:
-            raise Rejected("no tools")
+            raise Rejected("no tools; at least one is needed")
         for number, (schema, run) in enumerate(pairs, 1):
+            place = f"tool {number}: "
             function = dict(schema.get("function", schema))
             place = f"tool {number} ({function.get('name')!r:.70}): "
             if missing := {"name", "description", "parameters"} - set(function):

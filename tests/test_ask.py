@@ -136,9 +136,9 @@ def test_schemas_are_taken_as_they_are(tmp_path):
     real = sorted((Path(REAL).parent / "tools").glob("*.json")) if REAL else []
     for file in [write(tmp_path / "one.json", [WEATHER]), *real]:
         given = [schema["function"] for schema in json.loads(file.read_text(encoding="utf-8"))]
-        taken = [tool.schema["function"] for tool in mtr.read_tools(file)]
+        taken = [tool.schema["function"] for tool in agents.load_tools(file)]
         assert taken == [{k: v for k, v in function.items() if k != "strict"} for function in given]
-        assert all(agents.parse_observation(tool, '{"any": [1]}') == {"any": [1]} for tool in mtr.read_tools(file))
+        assert all(agents.parse_observation(tool, '{"any": [1]}') == {"any": [1]} for tool in agents.load_tools(file))
 
 
 TEN = ["no config", "config is no JSON", "scaled rotary", "weights cut short", "a shape turned round", "integers",

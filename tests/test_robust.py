@@ -168,7 +168,7 @@ def bases(folder):
     """Valid inputs of each kind, the reader that gives the name of an error or None, its share of the fuzz."""
     reply = agents.ToolMaker.reply("t", "composition", check_tools([tool_for("mayor"), a_tool(parameters=object_of(
         a={"type": "array", "items": {"type": "integer", "minimum": 0}}, b={"enum": ["x", "y"]}))]))
-    rich = agents.ToolMaker.reply("t", "comparison", check_tools([tool_for("age")]))
+    rich = agents.ToolMaker.reply("t", "comparison", check_tools([tool_for("floor")]))
     calls = [call.split("\n")[1] for call in (call_text("birthplace", {"person": "Bo"}), call_text("f", {"a": 0.25}),
              call_text("compare", {"names": ["A", "B"], "values": [1, 2.5], "pick": "largest"}))]
     return [(TURNS, a_turn, 30), (calls, a_call, 20), ([reply, rich, rich], the_tools, 20),
