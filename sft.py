@@ -121,7 +121,7 @@ def read_config(config_class: type, path: Path):
     for name, value in raw.items():
         fits = type(value) in types.get(name, ()) or type(value) is int and float in types.get(name, ())
         if not fits or type(value) is int and abs(value) >= 2 ** 63:
-            raise InputError(f"{path}: {name} can't be {value!r}" if name in types else f"{path}: unknown key {name}")
+            raise InputError(f"{path}: {name} can't be {value!r}" if name in types else f"{path}: unknown key {name!r}")
     return config_class(**raw)
 
 

@@ -92,6 +92,17 @@ def test_a_seed_gives_the_same_result_twice(run, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
 
 
+def test_resume_repeats_no_finished_stage(run):
+    """Only the evaluation, which comes to the same."""
+    out, results = run[0], json.loads((run[0] / "results.json").read_text())
+    files = {path: path.stat().st_mtime_ns for stage in ("sft", "sft_continued", "grpo") for path in (out / stage).rglob("*")}
+    done = program("mtr.py", "--toy", "--resume", "--out", out, "--threads", 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    again = json.loads((out / "results.json").read_text())
+    assert all(again[name] == results[name] for name in results if name != "seconds")
+
+
 @pytest.mark.parametrize("name", ["mtr.py", "sft.py", "grpo.py"])
 def test_help_teaches(name):
     done = program(name, "--help")

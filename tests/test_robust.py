@@ -1,7 +1,6 @@
 """Input from strangers: mutated, injected, mistyped; steps that aren't finite; memory over many steps.
 
 MTR_DEEP=1 asks for 100,000 mutations instead of 3,000, 10 MB lines instead of 100 kB, 2,000 steps instead of 60."""
-import ctypes
 import json
 import math
 import os
@@ -24,11 +23,10 @@ import mtr
 import sft
 from agents import Rejected, Tool, Trace, check_tools, parse_call, parse_observation, parse_tools, parse_turn, run_calls
 from data.tools import Real
-from data.world import make_world, tool_for
 from grpo import GRPOConfig
-from model import InputError, Tokenizer, load_model, token_logprobs
+from model import InputError, load_model, token_logprobs
 from sft import Run, SFTConfig, read_config
-from test_agents import (BIRTHPLACE, COUNTRY, TEXT, END, a_tool, act, call_text, in_turn, maker_text, object_of, play, say,
+from test_agents import (BIRTHPLACE, COUNTRY, TEXT, END, a_tool, act, call_text, in_turn, object_of, play, say,
                          scripted, segments, world)
 
 DEEP = "MTR_DEEP" in os.environ
@@ -166,9 +164,9 @@ def a_model_folder(text, tokenizer, folder):
 
 def bases(folder):
     """Valid inputs of each kind, the reader that gives the name of an error or None, its share of the fuzz."""
-    reply = agents.ToolMaker.reply("t", "composition", check_tools([tool_for("mayor"), a_tool(parameters=object_of(
+    reply = agents.ToolMaker.reply("t", "composition", check_tools([a_tool(name="mayor"), a_tool(parameters=object_of(
         a={"type": "array", "items": {"type": "integer", "minimum": 0}}, b={"enum": ["x", "y"]}))]))
-    rich = agents.ToolMaker.reply("t", "comparison", check_tools([tool_for("floor")]))
+    rich = agents.ToolMaker.reply("t", "comparison", check_tools([a_tool(name="age", parameters=object_of(person=TEXT))]))
     calls = [call.split("\n")[1] for call in (call_text("birthplace", {"person": "Bo"}), call_text("f", {"a": 0.25}),
              call_text("compare", {"names": ["A", "B"], "values": [1, 2.5], "pick": "largest"}))]
     return [(TURNS, a_turn, 30), (calls, a_call, 20), ([reply, rich, rich], the_tools, 20),
@@ -405,8 +403,8 @@ def test_three_dropped_steps_in_a_row_end_the_run(pupil):
 
 @pytest.mark.parametrize("what", ["advantage", "log-ratio", "weights"])
 def test_an_update_that_is_not_finite_is_dropped_whole(what, tiny, monkeypatch):
-    """An infinite advantage makes an infinite loss; a token that the old policy could not have said, an infinite ratio;
-    weights beyond all bounds, NaN."""
+    """An infinite advantage makes an infinite loss; weights beyond all bounds make NaN; where the log-ratio alone is
+    infinite, loss and gradient look as if nothing was wrong."""
     model = tiny(dtype=torch.float32)
     if what == "weights":
         model.model["norm"].weight.data[0] = math.inf
@@ -414,7 +412,7 @@ def test_an_update_that_is_not_finite_is_dropped_whole(what, tiny, monkeypatch):
     traces = [Trace(ids=[1, 2, 3, 4 + i], mask=[0, 0, 1, 1], logprobs=[0.0] * 4) for i in range(4)]
     config = GRPOConfig(loss="grpo", epochs=2)
     if what == "log-ratio":
-        monkeypatch.setattr(grpo, "score_all", lambda model, traces, rows, width, config: torch.full((4, 4), -math.inf))
+        monkeypatch.setattr(grpo, "score_all", lambda model, traces, rows, width, config: torch.full((4, 4), math.inf))
     advantage = torch.tensor([1.0, -1.0, math.inf if what == "advantage" else 0.5, -0.5])
     log = grpo.update(model, None, sft.make_optimizer(model, 0.1, 0.0), traces, advantage, config, 0.1)
     assert (log["dropped"], log["updates"]) == (2, 0) and equal(before, model.parameters())
@@ -425,15 +423,15 @@ def test_an_update_that_is_not_finite_is_dropped_whole(what, tiny, monkeypatch):
 
 
 def resident():
-    """Bytes of this process that are in memory. First the C library gives back what it only holds in reserve: batches of
-    ever other shapes leave gaps in its heap, which are filled again, but not soon."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch):
     """Whole steps of stage 2, with calls, memory, checkpoints and looks at held-out questions."""
     total, first = (2000, 100) if DEEP else (60, 20)
+    if not DEEP:  # oneDNN keeps a bfloat16 kernel for each new shape, up to a bound that twenty steps don't reach
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     config = GRPOConfig(out=str(tmp_path), steps=total, questions=2, group=2, turn_tokens=16, max_turns=2, loss="grpo",
                         trace_tokens=700, save_every=10, eval_every=first // 2)
     calls = lambda text: agents.Turn("", [agents.Call("lookup", {"subject": text[:1], "property": text[1:2]})])  # noqa: E731
