@@ -248,7 +248,9 @@ def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: f
     it was drawn from (no gradient), both (B, T), zero where the mask is. Softmax in float32, at the temperature."""
     rows, cols = mask.nonzero(as_tuple=True)                                          # (N,) scored tokens only
     assert bool((cols > 0).all()), "the first token of a row has nothing before it and can't be scored"
-    logits = model.head(model(ids)[rows, cols - 1]) / temperature                     # (N, V)
+    states = model(ids)[rows, cols - 1]                                               # (N, D)
+    states = F.pad(states, (0, 0, 0, -len(rows) % 128))  # few different shapes: each costs oneDNN a new kernel
+    logits = model.head(states)[:len(rows)] / temperature                             # (N, V)
     logprobs = logits.log_softmax(-1)
     picked = logprobs.gather(1, ids[rows, cols][:, None])[:, 0]                       # (N,)
     with torch.no_grad():

@@ -59,7 +59,7 @@ class SFTConfig:
     warmup: int = option(100, "steps of warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
     clip_norm: float = option(1.0, "largest norm of the gradient")
-    continued_steps: int = option(900, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
+    continued_steps: int = option(1200, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
     eval_every: int = option(200, "steps between two looks at the held-out loss")
     save_every: int = option(50, "steps between two checkpoints")
     resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
@@ -413,8 +413,8 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: flo
 
 def pad(traces: list[Trace], device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Traces -> ids (B, T) and loss mask (B, T) bool, padded on the right. The pad id is of no consequence:
-    nothing is ever inferred from it."""
-    T = max(len(trace.ids) for trace in traces)
+    nothing is ever inferred from it. T is a multiple of 32: for each new shape oneDNN makes and keeps new kernels."""
+    T = -(-max(len(trace.ids) for trace in traces) // 32) * 32
     ids = torch.tensor([trace.ids + [0] * (T - len(trace.ids)) for trace in traces], device=device)
     mask = torch.tensor([trace.mask + [0] * (T - len(trace.mask)) for trace in traces], device=device)
     return ids, mask.bool()
