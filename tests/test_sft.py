@@ -297,8 +297,9 @@ def test_optimizer_step_clips_steps_and_forgets():
 
 def test_pad_puts_the_padding_on_the_right():
     ids, mask = sft.pad([Trace(ids=[5, 6, 7], mask=[0, 1, 1]), Trace(ids=[8], mask=[0])])
-    assert ids[0].tolist() == [5, 6, 7] and ids[1, 0] == 8 and ids.shape == mask.shape == (2, 3)
-    assert mask.tolist() == [[False, True, True], [False, False, False]] and mask.dtype == torch.bool
+    assert ids[0, :3].tolist() == [5, 6, 7] and ids[1, 0] == 8 and ids.shape == mask.shape == (2, 32)
+    assert mask.nonzero().tolist() == [[0, 1], [0, 2]] and mask.dtype == torch.bool
+    assert sft.pad([Trace(ids=[5] * 33, mask=[0] * 33)])[0].shape == (1, 64)
 
 
 def spoken(tokenizer):
@@ -376,12 +377,14 @@ def test_each_role_counts_the_same(tokenizer, tiny, exact):
 
 
 def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
-    """P6: there are logits for the loss tokens and for no others, so nothing else can have a gradient."""
+    """P6: there are logits for the loss tokens, and of padding, all zeros, but for no others: nothing else can have a
+    gradient."""
     model, trace = tiny(tokenizer.size), to_trace(AGENT, tokenizer)
     states = []
     model.head, head = lambda x: states.append(x) or head(x), model.head
     sft.masked_loss(model, [trace], "cpu")
-    assert [len(s) for s in states] == [sum(trace.mask)]  # one row of logits for each loss token and no more
+    (rows,), n = states, sum(trace.mask)
+    assert len(rows) == -(-n // 128) * 128 and rows[:n].any(1).all() and not rows[n:].any()
 
 
 # --------------------------------------------------------------------------------------------- configs
