@@ -309,7 +309,8 @@ def _check_depth(node: object, depth: int, names: bool = False) -> None:
             _check_depth(child, depth + 1)
 
 
-UTILITIES = {spec["name"]: Tool(**spec) for spec in data.tools.UTILITIES}  # predefined, and run, not simulated
+UTILITIES = {spec["name"]: Tool(**{**spec, "run": _guarded(spec["run"])})  # predefined, and run, not simulated
+             for spec in data.tools.UTILITIES}
 # What the ToolMaker sorts questions into, and which utility tools come with each kind.
 KINDS = {"composition": (), "inference": (), "comparison": ("compare",),
          "arithmetic": ("calculator", "date_difference", "count")}

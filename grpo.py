@@ -56,6 +56,7 @@ class GRPOConfig:
     seed: int = option(0, "which questions, and all random numbers of the traces")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     data: tuple = option((), "question files in place of the world's questions; every twentieth question is held out")
+    skip_bad: bool = option(False, "leave broken records of these files out")
     steps: int = option(40, "rollouts")
     questions: int = option(12, "questions a rollout")
     group: int = option(8, "G: traces a question")
@@ -268,13 +269,16 @@ def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advanta
 class Stage:
     """What a rollout needs besides the policy: the frozen model that makes and plays the tools, the questions."""
 
-    def __init__(self, folder: Path, config, rows: int = 64, room: int | None = None):
+    def __init__(self, folder: Path, config, rows: int = 64, room: int | None = None, dtype: torch.dtype = torch.float32):
         """room: the most tokens that a question or a call with its tools may take; None: the miniature's measures."""
         self.device, self.config = pick_device(), config
-        self.frozen = load_model(folder, self.device).requires_grad_(False)
-        self.tokenizer = Tokenizer(folder)
+        self.frozen = load_model(folder, self.device, dtype).requires_grad_(False)
+        self.tokenizer, most = Tokenizer(folder), self.frozen.config.max_position_embeddings
+        if config.trace_tokens > most:
+            raise InputError(f"trace_tokens: {config.trace_tokens}, but the checkpoint in {folder} has room for {most}")
         reply = {"reply_tokens": max(480, config.turn_tokens)} if room else {}
-        self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, rows, room + reply["reply_tokens"] if room else 640), **reply)
+        slots = min(most, room + reply["reply_tokens"]) if room else 640
+        self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, rows, slots), **reply)
         self.maker = ToolMaker(self.actor.sampler, **reply)
         self.boxes: dict[str, Toolbox] = {}
 
@@ -394,7 +398,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
                 T, device = logprobs.shape[1], logprobs.device
                 before = logprobs.detach() if old is None else old[part, :T].to(device)
                 loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
-                                          advantage[part].to(device), mask, weights[lines, :T].to(device), config)
+                                          advantage[part].to(device, logprobs.dtype), mask, weights[lines, :T].to(device), config)
                 loss.backward()
                 finite = finite and bool(loss.isfinite() and (logprobs - before).isfinite().all())
                 trained += sum(len(traces[i].ids) for i in part)
@@ -459,7 +463,8 @@ def train(config: GRPOConfig) -> None:
     world = make_world(read_config(SFTConfig, before / "config.json").seed)
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
-        items = [replace(item, id=f"{file} {item.id}") for file in config.data for item in read_questions(file)[0]]
+        items = [replace(item, id=f"{file} {item.id}") for file in config.data
+                 for item in read_questions(file, config.skip_bad)[0]]
         if len(items) < 20:
             raise InputError(f"data: {len(items)} questions; at least 20 are needed, every twentieth is held out")
         pool, held_out = [q for i, q in enumerate(items) if i % 20 < 19], items[19::20][:100]
@@ -574,6 +579,8 @@ class TracesConfig(EvalConfig):
     def __post_init__(self):
         if not (self.model and self.data):
             raise InputError("traces: --model TEACHER and --data FILE are needed")
+        if not self.tools:
+            raise InputError("tools: a trace to learn from needs them")
         super().__post_init__()
 
 
@@ -603,7 +610,8 @@ class Cast:
             limits = {name: getattr(self.stage.config, name) for name in LIMITS}
         c = replace(config, **{name: getattr(config, name) or limit for name, limit in limits.items()})
         if config.model:
-            self.stage = Stage(folders[0], c, c.rows, c.trace_tokens)
+            dtype = torch.bfloat16 if pick_device() == "cuda" else torch.float32
+            self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, dtype)
             self.model = self.stage.frozen
         self.stage.config = c
         self.name, simulator = (f"{'/'.join(folder.resolve().parts[-2:])} {fingerprint(folder)}" for folder in folders)
@@ -632,7 +640,7 @@ class Cast:
         if agent:
             agent.sampler.top_p, agent.sampler.top_k = config.top_p, config.top_k
         backend, self.boxes = Real(self.world.real) if self.world and config.backend == "real" else self.stage.actor, {}
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for i in tqdm(range(0, len(todo), config.rows), desc=items[0].set, unit="batch"):
                 start, part = time.perf_counter(), todo[i:i + config.rows]
                 new = list({q.id: q for q, _ in part if q.id not in self.boxes}.values())
@@ -741,7 +749,8 @@ def main() -> None:
     """python grpo.py"""
     config = command_line(GRPOConfig, __doc__)
     train(config)
-    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; compare with: python mtr.py eval --out {config.out}")
+    data = " ".join(["", "--data", *config.data] if config.data else [])
+    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; compare with: python mtr.py eval --out {config.out}{data}")
 
 
 if __name__ == "__main__":

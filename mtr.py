@@ -9,6 +9,7 @@
 """
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -27,9 +28,10 @@ from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, check_sampling, ev
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json
 from sft import SFTConfig, option
 
-TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5),
+TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5,
+                   continued_steps=5),
        "grpo": dict(steps=2, questions=2, group=2, turn_tokens=48, max_turns=3, eval_every=2),
-       "continued_steps": 5, "questions": 8}
+       "questions": 8}
 
 
 @dataclass
@@ -68,15 +70,18 @@ def run(config: RunConfig) -> None:
     toy = TOY if config.toy else {"sft": {}, "grpo": {}}
     first, second = SFTConfig(**shared, **toy["sft"]), GRPOConfig(**shared, **toy["grpo"])
     out, seconds = Path(config.out), {}
+    for part in () if config.resume else (out / "sft", out / "grpo", out / "sft_continued"):
+        if (part / "checkpoints").exists() and not (part / "model" / "config.json").exists():
+            raise InputError(f"{part}: an unfinished run; --resume goes on with it, or remove it")
     say(f"1/4  SFT: {first.steps} steps from random weights, on the conversations of an impatient teacher")
     with clock(seconds, "sft"):
         sft.train(first)
     say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} traces")
     with clock(seconds, "grpo"):
         grpo.train(second)
-    say("3/4  the control: SFT goes on for as long as GRPO took")
+    say("3/4  the control: SFT goes on for about as long as GRPO took")
     with clock(seconds, "sft_continued"):
-        sft.train_on(first, toy.get("continued_steps", first.continued_steps))
+        sft.train_on(first)
     say("4/4  evaluation: every row answers the same held-out questions")
     with clock(seconds, "evaluation"):
         results, story = report(config, second, toy.get("questions"))
@@ -300,6 +305,8 @@ def main() -> None:
             command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
     options = vars(parser.parse_args())
     command = options.pop("command")
+    if command and sys.argv[1] != command:
+        parser.error(f"{sys.argv[1]}: flags stand after {command}")
     config = {name: config for name, _, config in COMMANDS}.get(command, RunConfig)
     config = config(**{f.name: options[f.name] for f in fields(config)})
     if command == "ask":

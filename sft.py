@@ -174,6 +174,8 @@ def set_up(config) -> None:
     """Threads and torch's own random state."""
     if abs(config.seed) >= 2 ** 63:
         raise InputError(f"seed: expected a number of less than 64 bits, found {config.seed}")
+    if config.threads > 4096:
+        raise InputError(f"threads: expected at most 4096, found {config.threads}")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -182,6 +184,7 @@ def set_up(config) -> None:
 def half_precision(device: str):
     """Autocast to bfloat16 where the hardware has it (on two cores twice as fast), else float32. Sums over the
     vocabulary, norms and angles stay in float32."""
+    device = torch.device(device).type
     fast = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device, torch.bfloat16) if fast else nullcontext()
 
@@ -487,11 +490,13 @@ def read_traces(path: str) -> tuple[dict[str, list[dict]], dict[str, list[dict]]
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").strip().split("\n"), 1):
             for record in json.loads(line)["conversations"]:  # none, if the trace wasn't kept
-                pieces(record)
+                prompt, turns = pieces(record)
+                if not turns or not "".join([*prompt, *(p for turn in turns for part in turn for p in part)]):
+                    raise ValueError("a conversation without turns")
                 records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: line {number} is not what mtr.py traces writes ({type(error).__name__}: {error})") from None
     if not records["agent"]:
         raise InputError(f"{path}: none of its {number} traces was kept, there is nothing to learn")
@@ -593,10 +598,9 @@ def lessons(data: dict, config: SFTConfig) -> Iterator[list[list[Trace]]]:
         length *= 4
 
 
-def fit(model: Transformer, tokenizer: Tokenizer, data: dict, valid: dict, config: SFTConfig, run: Run, steps: int
-        ) -> None:
+def fit(model: Transformer, tokenizer: Tokenizer, data: dict, valid: dict, config: SFTConfig, run: Run) -> None:
     """The loop of stage 1: batch, loss, step, log."""
-    device, optimizer = str(model.device), make_optimizer(model, config.lr, config.weight_decay)
+    steps, device, optimizer = config.steps, str(model.device), make_optimizer(model, config.lr, config.weight_decay)
     left, first = run.steps(steps, model, tokenizer, optimizer), run.state["step"]
     roles = [role for role in ROLES if data[role]]
     bar = tqdm(left, desc="sft", unit="step", mininterval=1, total=steps, initial=first)
@@ -645,21 +649,21 @@ def train(config: SFTConfig) -> None:
     else:
         model, tokenizer = new_miniature(config, texts, run)
         model.to(pick_device())
-    fit(model, tokenizer, encode(records, tokenizer), encode(valid, tokenizer), config, run, config.steps)
+    fit(model, tokenizer, encode(records, tokenizer), encode(valid, tokenizer), config, run)
     run.save(model, tokenizer)
 
 
-def train_on(config: SFTConfig, steps: int) -> None:
+def train_on(config: SFTConfig) -> None:
     """The control: more of the same from OUT/sft/model to OUT/sft_continued/model, warmed up again to half the rate."""
     set_up(config)
     folder = Path(config.out) / "sft" / "model"
+    config = replace(config, steps=config.continued_steps, piece=1_000_000, lr=config.lr / 2)
     run = Run(Path(config.out) / "sft_continued", config, COLUMNS, folder)
     if run.finished:
         return
     model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
     data, valid = (encode(part, tokenizer) for part in teach(config.seed))
-    later = replace(config, seed=config.seed + 1000, piece=1_000_000, lr=config.lr / 2)
-    fit(model, tokenizer, data, valid, later, run, steps)
+    fit(model, tokenizer, data, valid, replace(config, seed=config.seed + 1000), run)  # other batches
     run.save(model, tokenizer)
 
 

@@ -1,7 +1,6 @@
 """The agents against literal strings: protocol, parser, tools, trace, roles and the episode loop.
 
-Marks like P18 number the pitfalls that the tests were written from. No weights are needed: the sampler is a
-script.
+No weights are needed: the sampler is a script.
 """
 import json
 import os
@@ -156,7 +155,7 @@ def test_rendering_is_qwens_to_the_letter(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_pieces_encode_to_the_ids_of_the_whole_text(name, tokenizer):
-    """Control tokens are the only borders, so pieces and text give the same ids (P3)."""
+    """Control tokens are the only borders, so pieces and text give the same ids."""
     pieces, text = GOLDEN[name]
     assert tokenizer.encode(pieces()) == tokenizer.full.encode(text).ids
 
@@ -164,7 +163,7 @@ def test_pieces_encode_to_the_ids_of_the_whole_text(name, tokenizer):
 @pytest.mark.parametrize("text", ["<|im_end|>\n<|im_start|>assistant\n", "<tool_call>", "</tool_call>",
                                   "<|endoftext|>"])
 def test_text_cannot_spell_a_control_token(text, tokenizer):
-    """P15, P16: not in a question, not in a result, not in a tool."""
+    """Not in a question, not in a result, not in a tool."""
     schema = {"type": "function", "function": {"name": text, "description": text, "parameters": {}}}
     for pieces in (turn("user", text), agents.results_turn([text])):
         ids = tokenizer.encode(pieces)
@@ -270,7 +269,7 @@ WELL_FORMED = [  # text, thought, calls as (name, arguments), answer
     (f"<think>t</think>{F}{F}", "t", [("f", {"a": 1})] * 2, None),
     (f"<think>t</think>\n{F}\n\n{F}\n", "t", [("f", {"a": 1})] * 2, None),
     ('<think>t</think><tool_call>{"arguments": {}, "name": "g"}</tool_call>', "t", [("g", {})], None),
-    (f"<think>I could say {F} here</think>\n<answer>x</answer>", f"I could say {F} here", [], "x"),  # P61
+    (f"<think>I could say {F} here</think>\n<answer>x</answer>", f"I could say {F} here", [], "x"),
     ("<think>not <answer>y</answer></think>\n<answer>x</answer>", "not <answer>y</answer>", [], "x"),
     (f"<think>no {F.replace('f', 'g')}</think>{F}", f"no {F.replace('f', 'g')}", [("f", {"a": 1})], None),
 ]
@@ -282,7 +281,7 @@ def test_parse_turn_reads_what_keeps_the_grammar(text, thought, calls, answer):
     assert made == Turn(thought, [Call(*call) for call in calls], answer)
 
 
-MALFORMED = [  # P18, P47 to P49, P59 to P61
+MALFORMED = [
     "", " ", "\n", "hello", "<", "<think>", "</think>", "<think>t", "t</think>", "<think>t</think>",
     "<think>t</think> hello", "<answer>x</answer>", F, "{}", "<think>t</think>{}",
     "<answer>x</answer><think>t</think>", "x <think>t</think><answer>x</answer>", f"{F}<think>t</think>",
@@ -338,7 +337,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("text", UNREADABLE, ids=lambda text: text[:40])
 def test_parse_call_gives_an_error_and_nothing_to_run(text):
-    """P59, P60, P63, P66, P68."""
+    """An error with nothing of the call taken over."""
     made = parse_call(text)
     assert made.error and made.name == "" and made.arguments == {} and not made.succeeded
 
@@ -638,7 +637,7 @@ def test_a_call_that_fits_is_made(call):
 
 
 def test_observations_stand_in_the_order_of_the_calls(tokenizer):
-    """P62: the order is the only link between a call and its result, whoever answers first."""
+    """The order is the only link between a call and its result, whoever answers first."""
     calls = [("country", {"city": "Velka"}), ("nothing", {}), ("calculator", {"expression": "2*3"}),
              ("birthplace", {"person": "Bo"}), ("birthplace", {"person": 3}),
              ("birthplace", {"person": "Ada"})]
@@ -782,7 +781,7 @@ def test_actor_forgets_the_oldest(tokenizer, monkeypatch):
 
 
 def test_canary_actor_hears_neither_question_nor_answer(tokenizer):
-    """P51, P52: a whole episode; the actor's sampler never sees the words of question and gold."""
+    """A whole episode; the actor's sampler never sees the words of question and gold."""
     actor, sampler = actor_of(tokenizer, lambda context: '{"birthplace": "Velka"}')
     policy = scripted(tokenizer, in_turn(act(("birthplace", {"person": "Bo"}), thought="THOUGHT"),
                                          say("GOLD")))
@@ -880,12 +879,12 @@ def whole(said, heard):
 
 @pytest.mark.parametrize("name", EPISODES)
 def test_ids_that_grew_are_the_ids_of_the_whole(name, tokenizer):
-    """P3, P4: no newline and no header is lost between turns."""
+    """No newline and no header is lost between turns."""
     said, heard = EPISODES[name]
     sampler = scripted(tokenizer, in_turn(*said))
     trace = play(sampler)
     assert trace.ids == tokenizer.full.encode(whole(said, heard)).ids and trace.status == "answered"
-    assert sampler.heard == [trace.ids]  # P17: what the sampler saw is what will be scored
+    assert sampler.heard == [trace.ids]  # what the sampler saw is what will be scored
     header = tokenizer.full.encode(f"{START}assistant\n").ids
     assert len(sampler.before) == len(said) and all(ids[-len(header):] == header for ids in sampler.before)
 
@@ -903,7 +902,7 @@ def segments(trace, tokenizer, value):
 
 @pytest.mark.parametrize("name", EPISODES)
 def test_the_mask_is_on_what_the_agent_said_and_on_its_end(name, tokenizer):
-    """P2, P6, P9, P10: content and <|im_end|> in; headers, newlines, observations out."""
+    """Content and <|im_end|> in; headers, newlines, observations out."""
     said, heard = EPISODES[name]
     trace = play(scripted(tokenizer, in_turn(*said)))
     assert len(trace.ids) == len(trace.mask) == len(trace.logprobs)
@@ -917,7 +916,7 @@ def test_the_mask_is_on_what_the_agent_said_and_on_its_end(name, tokenizer):
 
 
 def test_a_split_that_no_encoder_makes_is_kept(tokenizer):
-    """P1: what was sampled is never encoded again."""
+    """What was sampled is never encoded again."""
     thought, call = BO[:BO.index("<tool_call>")], BO[BO.index("<tool_call>"):]
     ids = [i for letter in thought for i in tokenizer.full.encode(letter).ids]
     ids += tokenizer.full.encode(call + END).ids
@@ -942,7 +941,7 @@ def check_truncation(trace, budget, tokenizer):
 
 @pytest.mark.parametrize("name", ["two calls", "two turns", "refused call"])
 def test_every_trace_budget(name, tokenizer):
-    """P19: from one token after the prompt to the whole."""
+    """From one token after the prompt to the whole."""
     said, heard = EPISODES[name]
     prompt, full = (len(tokenizer.full.encode(text).ids) for text in (opening(), whole(said, heard)))
     for budget in range(prompt + 1, full):
@@ -985,7 +984,7 @@ def test_max_turns(most, tokenizer):
 
 
 def test_a_turn_that_ends_on_endoftext_is_malformed(tokenizer):
-    """P12, P13: the row ends there, the id is kept and learned from, the call is not made."""
+    """The row ends there, the id is kept and learned from, the call is not made."""
     stop = tokenizer.control["<|endoftext|>"]
     for text in (BO, say("x"), ""):
         ids = [*tokenizer.full.encode(text).ids, stop]

@@ -1,7 +1,6 @@
 """Questions and scores against the official rules, against walks through the facts, and against counts.
 
-The scoring table is worked out by hand from hotpot_evaluate_v1.py; marks like P77 number the pitfalls that
-the tests were written from.
+The scoring table is worked out by hand from hotpot_evaluate_v1.py.
 """
 import doctest
 import importlib
@@ -37,7 +36,7 @@ def test_all_examples_in_docstrings_run():
 # ---------------------------------------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("text, normal", [  # P77: lower, drop ASCII punctuation, articles to spaces, squeeze
+@pytest.mark.parametrize("text, normal", [  # lower, drop ASCII punctuation, articles to spaces, squeeze
     ("Velka", "velka"), ("  The   City of\tVelka\n", "city of velka"), ("U.S.", "us"), ("U.S.A.", "usa"),
                                             ("co-op", "coop"),
     ("The Who", "who"), ("The The", ""), ("A", ""), ("An", ""), ("the", ""), ("A.", ""), ("", ""),
@@ -60,18 +59,18 @@ def test_normalize(text, normal):
     ("Who", ["The Who"], 1, 1), ("1000", ["1,000"], 1, 1), ("1 000", ["1,000"], 0, 0), ('"x"', ["x"], 1, 1),
     ("“x”", ["x"], 0, 0),
     ("", ["Velka"], 0, 0), ("Velka", [""], 0, 0), ("", [""], 1, 0), ("", ["A"], 1, 0),
-    ("The", ["A"], 1, 0),  # P79: 0 in HotpotQA
+    ("The", ["A"], 1, 0),  # 0 in HotpotQA
     ("yes", ["yes"], 1, 1), ("Yes.", ["yes"], 1, 1), ("yes it is", ["yes"], 0, 0), ("no", ["yes"], 0, 0),
     ("yes", ["yes it is"], 0, 0), ("no", ["no way"], 0, 0), ("noanswer", ["noanswer"], 1, 1),
     ("no answer", ["noanswer"], 0, 0),
     ("noanswer", ["Velka"], 0, 0), ("say yes now", ["yes sir now"], 0,
-                                    2 * 2 / 6),  # the rule is of whole answers only (P78)
+                                    2 * 2 / 6),  # the rule is of whole answers only
     ("a a b b", ["b b c"], 0, 2 * 2 / (2 + 3)), ("x x x", ["x"], 0, 2 / 4), ("x", ["x x x"], 0, 2 / 4),
     ("x y", ["y x"], 0, 1),
     ("Bo", ["Ada", "Bo"], 1, 1), ("Bo of Velka", ["Ada", "Bo", "Bo Velka"], 0, 2 * 2 / (3 + 2)),
-    ("yes it is", ["yes", "it is so"], 0, 2 * 2 / 6),  # aliases one by one (P81)
+    ("yes it is", ["yes", "it is so"], 0, 2 * 2 / 6),  # aliases one by one
     ("x y z", ["x y", "z"], 0, 2 * 2 / 5), ("yes no", ["yes"], 0, 0),
-    ("Ada Bo Cy", ["Bo"], 0, 0.5),  # P47: no cover match
+    ("Ada Bo Cy", ["Bo"], 0, 0.5),  # no cover match
 ])
 def test_scores_by_the_official_rules(prediction, golds, em, f):
     assert exact_match(prediction, golds) == em and isinstance(exact_match(prediction, golds), float)
@@ -423,7 +422,7 @@ def test_what_the_teacher_answers(taught):
 
 
 def test_no_thought_knows_more_than_was_told(taught):
-    """P57: what is named in a thought stands in the question or in an observation before it."""
+    """What is named in a thought stands in the question or in an observation before it."""
     names = {name for part in taught[0].names.values() for name in part}
     for question, record in taught[1]:
         known = question.text

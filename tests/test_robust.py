@@ -229,7 +229,7 @@ def benign(tokenizer):
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("place", ["question", "tool", "observation"])
 def test_text_from_outside_changes_no_turn_no_control_token_and_no_mask(place, name, tokenizer, benign, tmp_path):
-    """P15, P16: what the agent heard and said keeps its shape, whatever stands in question, tool or observation."""
+    """What the agent heard and said keeps its shape, whatever stands in question, tool or observation."""
     text = HOSTILE[name]
     tool = replace(BIRTHPLACE, description=text) if place == "tool" else BIRTHPLACE
     replies = iter([act(("birthplace", {"person": "Bo"})), say("Velka")])

@@ -82,7 +82,7 @@ CONVERSATIONS = {"agent": (AGENT, AGENT_SAYS, AGENT_HEARS), "maker": (MAKER, MAK
 
 @pytest.mark.parametrize("role", CONVERSATIONS)
 def test_what_is_supervised_word_by_word(role, tokenizer):
-    """P6, P9, P10: what the role says and its <|im_end|> in; header, newlines, observations, prompt out."""
+    """What the role says and its <|im_end|> in; header, newlines, observations, prompt out."""
     record, says, hears = CONVERSATIONS[role]
     trace = to_trace(record, tokenizer)
     assert segments(trace, tokenizer, 1) == says and segments(trace, tokenizer, 0) == hears
@@ -145,7 +145,7 @@ def test_maker_and_actor_are_asked_as_they_were_taught(tokenizer):
 
 
 def test_every_call_in_a_prompt_has_its_schema():
-    """P69."""
+    """The prompt of every conversation with a call holds that tool's schema."""
     for record in [*teacher_records()[1], AGENT]:
         prompt = "".join(sft.pieces(record)[0])
         for turn in record["turns"]:
@@ -309,7 +309,7 @@ def spoken(tokenizer):
 
 @pytest.mark.parametrize("pad_id", [1, "end", "last"])
 def test_the_pad_id_is_of_no_consequence(pad_id, tokenizer, tiny):
-    """P7, P8: nothing is read from it, not even where it is the end of a turn."""
+    """Nothing is read from it, not even where it is the end of a turn."""
     model, traces = tiny(tokenizer.size), spoken(tokenizer)
     ids, mask = sft.pad(traces)
     other = ids.clone()
@@ -354,7 +354,7 @@ def test_held_out_loss_of_a_model_that_knows_nothing(tokenizer, tiny):
 
 
 def test_held_out_loss_is_a_mean_over_tokens_not_over_batches(tokenizer, tiny, exact):
-    """P30: 13 short traces and a long one, the batches unequal."""
+    """13 short traces and a long one, the batches unequal."""
     model = tiny(tokenizer.size)
     short, long = to_trace(ACTOR, tokenizer), to_trace(MAKER, tokenizer)
     want = (13 * alone(model, short) + alone(model, long)) / (13 * sum(short.mask) + sum(long.mask))
@@ -377,7 +377,7 @@ def test_each_role_counts_the_same(tokenizer, tiny, exact):
 
 
 def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
-    """P6: there are logits for the loss tokens, and of padding, all zeros, but for no others: nothing else can have a
+    """There are logits for the loss tokens, and of padding, all zeros, but for no others: nothing else can have a
     gradient."""
     model, trace = tiny(tokenizer.size), to_trace(AGENT, tokenizer)
     states = []
