@@ -249,9 +249,9 @@ def load_tools(path: Path) -> list[Tool]:
 
 def _guarded(function: Callable[..., dict]) -> Callable[..., dict]:
     """A real tool may fail, or return anything: for the agent that is an observation, not the end of the run."""
-    def run(**arguments: object) -> dict:
+    def run(*values: object, **arguments: object) -> dict:
         try:
-            result = strict_json(dumps(function(**arguments)))
+            result = strict_json(dumps(function(*values, **arguments)), most=100_000)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:200]}
         return result if isinstance(result, dict) else {"result": result}

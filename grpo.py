@@ -274,8 +274,6 @@ class Stage:
         self.device, self.config = pick_device(), config
         self.frozen = load_model(folder, self.device, dtype).requires_grad_(False)
         self.tokenizer, most = Tokenizer(folder), self.frozen.config.max_position_embeddings
-        if config.trace_tokens > most:
-            raise InputError(f"trace_tokens: {config.trace_tokens}, but the checkpoint in {folder} has room for {most}")
         reply = {"reply_tokens": max(480, config.turn_tokens)} if room else {}
         slots = min(most, room + reply["reply_tokens"]) if room else 640
         self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, rows, slots), **reply)
@@ -610,6 +608,8 @@ class Cast:
             limits = {name: getattr(self.stage.config, name) for name in LIMITS}
         c = replace(config, **{name: getattr(config, name) or limit for name, limit in limits.items()})
         if config.model:
+            if c.trace_tokens > (most := ModelConfig.read(folders[0]).max_position_embeddings):
+                raise InputError(f"trace_tokens: {c.trace_tokens}, but the checkpoint in {folders[0]} has room for {most}")
             dtype = torch.bfloat16 if pick_device() == "cuda" else torch.float32
             self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, dtype)
             self.model = self.stage.frozen

@@ -261,9 +261,9 @@ class Run:
         if self.checkpoint and not config.resume and not (folder / "model" / "config.json").exists():
             raise InputError(f"{folder}: an unfinished run; --resume goes on with it, or remove it")
         try:
-            if self.checkpoint and config.resume:
+            if config.resume and (self.checkpoint or self.finished):
                 self._take_up(config)
-            elif not self.finished:
+            else:
                 self._begin(config)
             self.file = open(folder / "metrics.csv", "a", newline="", encoding="utf-8")
         except OSError as error:
@@ -290,6 +290,8 @@ class Run:
             if name not in ("out", "resume") and value != begun.get(name):
                 raise InputError(f"{name}: the run in {self.folder} was begun with {begun.get(name)!r}, not {value!r}; "
                                  "--resume goes on as it began")
+        if self.finished:
+            return
         self.state = read_json(self.checkpoint / "state.json")
         if self.source and self.source["sha256"] != self.state["source"]["sha256"]:
             raise InputError(f"{self.source['name']}: not the model that the run in {self.folder} began with")

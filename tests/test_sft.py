@@ -206,7 +206,7 @@ def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     monkeypatch.setattr(sft, "train_step", lambda _, parts, device: batches.append(parts) or ([0.0] * 3, 1))
     monkeypatch.setattr(sft, "optimizer_step", lambda *_: 0.0)
     run = SimpleNamespace(log=lambda row: None, steps=lambda total, *_: range(total), state={"step": 0})
-    sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3), run, 30)
+    sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3, steps=30), run)
     lengths = [max(len(t.ids) for part in parts for t in part) for parts in batches]
     assert max(lengths[:3]) == 8 and 8 < max(lengths[3:6]) <= 32 and len(batches) == 30
     whole = [trace.ids for trace in data["agent"]]
