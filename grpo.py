@@ -282,12 +282,13 @@ class Stage:
 
     def state(self) -> dict:
         """What a checkpoint has to remember: the tools that were made, the ToolActor's memory. The rest is frozen."""
-        boxes = {q: [box.kind, [json.loads(tool.definition) for tool in box.made], box.tries] for q, box in self.boxes.items()}
+        boxes = {q: [box.kind, [[t.name, t.description, t.parameters, t.returns] for t in box.made], box.tries]
+                 for q, box in self.boxes.items()}
         return {"boxes": boxes, "memo": list(self.actor.memo.items())}
 
     def restore(self, state: dict) -> None:
         """Take up what state() told."""
-        self.boxes = {q: Toolbox(kind, [Tool(**tool) for tool in made], tries)
+        self.boxes = {q: Toolbox(kind, [Tool(*tool) for tool in made], tries)
                       for q, (kind, made, tries) in state.get("boxes", {}).items()}
         self.actor.memo.update(state.get("memo", []))
 

@@ -493,7 +493,8 @@ def read_traces(path: str) -> tuple[dict[str, list[dict]], dict[str, list[dict]]
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").strip().split("\n"), 1):
             for record in json.loads(line)["conversations"]:  # none, if the trace wasn't kept
                 prompt, turns = pieces(record)
-                if not turns or not "".join([*prompt, *(p for turn in turns for part in turn for p in part)]):
+                said = [record.get("question", ""), *prompt, *(p for turn in turns for part in turn for p in part)]
+                if not turns or not "".join(said):  # texts, all of them
                     raise ValueError("a conversation without turns")
                 records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
     except OSError as error:

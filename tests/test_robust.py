@@ -23,6 +23,7 @@ import grpo
 import mtr
 import sft
 from agents import Rejected, Tool, Trace, check_tools, parse_call, parse_observation, parse_tools, parse_turn, run_calls
+from data.read import read_questions
 from data.tools import Real
 from grpo import GRPOConfig
 from model import InputError, load_model, token_logprobs
@@ -43,10 +44,11 @@ ODD = [None, True, 0, -1, 1e308, 10 ** 400, "", "x" * 400, "a b", "compare", "f"
 # Small changes of one sort each, for errors that blind edits seldom make: what stands there, what comes in its place.
 DEEP_LIST, HUGE = "[" * 20 + "]" * 20, "1" + "0" * 400
 TWISTS = [("<think>", "<think>a<think>"), ("<answer>", "<answer>a<b"), ("</answer>", "</answer><answer>"), ('{"', '{"name": 0, "'),
-          ('": "', '": NaN, "x": "'), ('": {', '": -Infinity, "x": {'), ("0.25", HUGE), ("1.5", HUGE), ("<kind>", "<kind>a"),
+          ('": "', '": NaN, "x": "'), ('": {', '": -Infinity, "x": {'), ("0.25", HUGE), ("1.5", HUGE), (': {"', f': {{"x": {"[" * 250 + "]" * 250}, "'), ("<kind>", "<kind>a"),
           ('"properties": {', f'"enum": {DEEP_LIST}, "properties": {{'), ('"properties": {"', '"properties": {"x": {"pattern": "a"}, "'),
           ('"properties": {"', '"properties": {"x": {"items": {"$ref": "#"}}, "'), ('"mayor"', '"count"'), ('"f"', '"mayor"'),
-          (" * ", " * 1e14 ** 9 * "), (" * ", " * (1 / 0) * "), ("% 3", "% 0"), ("/ 7", "// 0"), (" ", " " * 250), ("2.5", "1e14*" * 30)]
+          (" * ", " * 1e14 ** 9 * "), (" * ", " * (1 / 0) * "), ("% 3", "% 0"), ("/ 7", "// 0"), (" ", " " * 250), ("2.5", "1e14*" * 30), ('"strict": true', '"strict": true, "x": 1'),
+          ('"additionalProperties": false', '"additionalProperties": true'), ('"required": ["a"]', '"required": []')]
 
 
 def edited(text, rng):
@@ -78,8 +80,8 @@ def reformed(value, rng):
 def mutated(base, rng):
     """A base, as it is or changed: as text, or, where it is JSON, as a value."""
     way = rng.random()
-    if way < 0.2:
-        return base
+    if way < 0.24:
+        return base if way < 0.2 else rng.choice(["[]", "{}"])
     if way < 0.6:
         try:
             return json.dumps(reformed(json.loads(base), rng), ensure_ascii=False)
@@ -136,7 +138,7 @@ def an_observation(text, tokenizer):
 
 
 def an_expression(text, tokenizer):
-    result = agents.UTILITIES["calculator"].run(text)
+    result = agents.UTILITIES["calculator"].run(expression=text)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     return result.get("error")
 
@@ -163,18 +165,38 @@ def a_model_folder(text, tokenizer, folder):
     token_logprobs(model, ids, torch.tensor([[False, True, True]]))
 
 
+def a_file(name, reader, folder):
+    """A file from outside, of whatever sort: what is refused is refused in one line that begins with its name."""
+    def read(text, tokenizer):
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        try:
+            reader(folder / name)
+        except InputError as error:
+            assert str(error).startswith(str(folder / name)) and "\n" not in str(error)
+            return f"{name}: {str(error).split(': ', 1)[1]}"
+    return read
+
+
 def bases(folder):
     """Valid inputs of each kind, the reader that gives the name of an error or None, its share of the fuzz."""
     reply = agents.ToolMaker.reply("t", "composition", check_tools([a_tool(name="mayor"), a_tool(parameters=object_of(
         a={"type": "array", "items": {"type": "integer", "minimum": 0}}, b={"enum": ["x", "y"]}))]))
     rich = agents.ToolMaker.reply("t", "comparison", check_tools([a_tool(name="age", parameters=object_of(person=TEXT))]))
+    mine = {"name": "f", "description": "d", "parameters": {**object_of(a=TEXT), "additionalProperties": False}, "strict": True}
+    trace = {"conversations": [{"role": "agent", "question": "Q?", "kind": "composition", "tools": [a_tool()], "turns": [
+        {"thought": "t", "calls": [{"name": "f", "arguments": {"a": "x"}}], "observations": [{"b": 1}]}, {"thought": "t", "answer": "1"}]}]}
+    asked = [{"id": "1", "question": "Q?", "golden_answers": ["Velka", "V"]}, {"id": "2", "question": "R?", "golden_answers": ["x"]}]
     calls = [call.split("\n")[1] for call in (call_text("birthplace", {"person": "Bo"}), call_text("f", {"a": 0.25}),
              call_text("compare", {"names": ["A", "B"], "values": [1, 2.5], "pick": "largest"}))]
     return [(TURNS, a_turn, 30), (calls, a_call, 20), ([reply, rich, rich], the_tools, 20),
             (['{"birthplace": "Velka"}', '{"error": "none"}', '{"r": 0.5}'], an_observation, 10),
             (["(17 + 4) * 2", "1e3 / 7 - -2", "7 // 2 % 3", "2.5*(3-1)+((4))"], an_expression, 12),
             ([json.dumps(asdict(GRPOConfig()))], lambda t, k: a_stage_config(t, k, folder), 6),
-            ([(folder / "config.json").read_text()], lambda t, k: a_model_folder(t, k, folder), 2)]
+            ([(folder / "config.json").read_text()], lambda t, k: a_model_folder(t, k, folder), 2),
+            ([json.dumps([mine]), json.dumps([{"type": "function", "function": a_tool()}])],
+             a_file("tools.json", agents.load_tools, folder), 12),
+            ([json.dumps(trace)], a_file("traces.jsonl", sft.read_traces, folder), 3),
+            ([json.dumps(asked), "\n".join(map(json.dumps, asked))], a_file("questions.json", read_questions, folder), 3)]
 
 
 def named_errors():
@@ -187,7 +209,7 @@ def named_errors():
     found += ["no tools", "unknown type", "answer not alone", "unknown tool"]
     # Those of the sampler, not of the text; of the ToolActor's last word; of a trace cut off.
     others = {"cut off at the token limit", "ends without <|im_end|>", "the tool gave no valid result"}
-    return {re.sub(r"\\\{\w+\\\}", ".*", re.escape(name)) for name in found if name not in others and " " in name and "{{" not in name}
+    return {re.sub(r"\\\{.*?\\\}", ".*", re.escape(name)) for name in found if name not in others and " " in name and "{{" not in name}
 
 
 def test_fuzz_every_mutation_is_read_or_refused_by_name(folder, tokenizer):
@@ -202,9 +224,9 @@ def test_fuzz_every_mutation_is_read_or_refused_by_name(folder, tokenizer):
             raise AssertionError(f"{type(wrong).__name__} for {ascii(text[:2000])}") from wrong
         fine += error is None
         seen[error] += 1
-    names = named_errors() | {"observation", "stage config: .*", "model config: .*", "no finite result", "expression too long",
+    names = named_errors() | {"observation", "stage config: .*", "model config: .*", "questions.json: .*", "traces.jsonl: .*", "no finite result", "expression too long",
                               r"only numbers and .*"}
-    hits = {name: sum(n for error, n in seen.items() if error and re.fullmatch(name, error)) for name in names}
+    hits = {name: sum(n for error, n in seen.items() if error and (re.fullmatch(name, error) or re.fullmatch(name, error.split(": ")[-1]))) for name in names}
     print(f"{fine / total:.1%} of {total} parse;", dict(sorted(hits.items(), key=lambda item: item[1])))
     assert fine >= 0.3 * total, seen
     assert min(hits.values()) >= total / 1000, {name: n for name, n in hits.items() if n < total / 1000}
@@ -322,7 +344,7 @@ WRONG_USES = [  # program, words, what is wrong in the run folder, what the one 
     ("grpo", ["--w-answer", "inf"], nothing, "w_answer"), ("grpo", ["--w-consistency", "0.9"], nothing, "w_consistency"),
     ("grpo", ["--temperature", "0"], nothing, "temperature"), ("grpo", ["--beta", "-1"], nothing, "beta"),
     ("grpo", ["--out", "nowhere"], nothing, "nowhere"), ("grpo", ["--no-seed"], nothing, "--no-seed"),
-    ("grpo", [], foreign, "not a run"), ("grpo", [], broken("config.json", "{"), "sft/config.json"),
+    ("grpo", ["--trace-tokens", "200"], foreign, "not a run"), ("grpo", [], broken("config.json", "{"), "sft/config.json"),
     ("grpo", [], broken("config.json", '{"sead": 1}'), "sead"), ("grpo", [], broken("config.json", '{"seed": "x"}'), "seed"),
     ("grpo", [], broken("model/config.json"), "model"), ("grpo", [], broken("model/tokenizer.json", "{}"), "tokenizer.json"),
     ("grpo", [], broken("model/model.safetensors", cut=999), "model.safetensors"),
@@ -343,6 +365,7 @@ def test_a_wrong_use_is_one_line_that_names_it_and_changes_nothing(program, word
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     own = ["--out", str(out)] if "--out" not in words else []
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words, *own])
+    monkeypatch.setattr(sft.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         sft.run_main({"sft": sft, "grpo": grpo, "mtr": mtr}[program].main)
@@ -364,7 +387,7 @@ def pupil(tmp_path, tokenizer, tiny):
     """Stage 1 over a small lesson, to be spoiled at some steps: what train_step gives there -> run folder, weights."""
     def train(spoil, steps=6):
         traces = [Trace(ids=[3, 4, 5 + i], mask=[0, 1, 1]) for i in range(4)]
-        config = SFTConfig(out=str(tmp_path), agent_tokens=6, maker_tokens=6, actor_tokens=6, piece=100)
+        config = SFTConfig(out=str(tmp_path), agent_tokens=6, maker_tokens=6, actor_tokens=6, piece=100, steps=steps)
         run, model, history = Run(tmp_path / "sft", config, sft.COLUMNS), tiny(tokenizer.size, dtype=torch.float32), []
         real = sft.train_step
 
@@ -374,7 +397,7 @@ def pupil(tmp_path, tokenizer, tiny):
             return spoil(len(history) - 1, model, losses), tokens
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sft, "train_step", step)
-            sft.fit(model, tokenizer, dict.fromkeys(sft.ROLES, traces), {}, replace(config, steps=steps), run)
+            sft.fit(model, tokenizer, dict.fromkeys(sft.ROLES, traces), {}, config, run)
         return tmp_path / "sft", [*history, list(model.parameters())]
     return train
 
@@ -416,7 +439,9 @@ def test_an_update_that_is_not_finite_is_dropped_whole(what, tiny, monkeypatch):
     traces = [Trace(ids=[1, 2, 3, 4 + i], mask=[0, 0, 1, 1], logprobs=[0.0] * 4) for i in range(4)]
     config = GRPOConfig(loss="grpo", epochs=2)
     if what == "log-ratio":
-        monkeypatch.setattr(grpo, "score_all", lambda model, traces, rows, width, config: torch.full((4, width), math.inf))
+        never = torch.tensor([0.0, 0.0, math.inf, math.inf])  # at the tokens that were sampled
+        monkeypatch.setattr(grpo, "score_all", lambda model, traces, rows, width, config: torch.cat(
+            [never, torch.zeros(width - 4)]).repeat(4, 1))
     advantage = torch.tensor([1.0, -1.0, math.inf if what == "advantage" else 0.5, -0.5])
     log = grpo.update(model, None, sft.make_optimizer(model, 0.1, 0.0), traces, advantage, config, 0.1)
     assert (log["dropped"], log["updates"]) == (2, 0) and equal(before, model.parameters())
@@ -450,6 +475,8 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "log", log)
     (tmp_path / "sft").mkdir()
     shutil.copytree(folder, tmp_path / "sft" / "model")
+    shape = folder / "config.json"
+    (tmp_path / "sft" / "model" / "config.json").write_text(shape.read_text().replace("256", "1024"))  # room for long traces
     (tmp_path / "sft" / "config.json").write_text(json.dumps(asdict(SFTConfig())))
     grpo.train(config)
     memory, handles, threads = zip(*seen[first:])
@@ -457,5 +484,5 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch):
     begin, end = (sum(part) / third for part in (memory[:third], memory[-third:]))
     print(f"memory {min(memory) / 1e6:.1f} to {max(memory) / 1e6:.1f} MB, first third {begin / 1e6:.1f}, last third "
           f"{end / 1e6:.1f}; handles {set(handles)}, threads {set(threads)}")
-    assert len(seen) == total and max(memory) <= 1.1 * min(memory) and end <= 1.02 * begin
+    assert len(seen) == total and max(memory) <= 1.1 * max(memory[:third]) and end <= 1.02 * begin
     assert max(handles) <= handles[0] and max(threads) <= threads[0]
