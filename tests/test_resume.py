@@ -270,7 +270,9 @@ def test_a_damaged_checkpoint_is_passed_over(begun, capsys):
         assert checkpoints(folder) == [2, 3]
 
 
-def test_the_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
+def test_the_second_ctrl_c_ends_at_once_and_the_handlers_come_back(request):
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, was))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt), sft.interrupts() as asked:
         os.kill(os.getpid(), signal.SIGINT)
