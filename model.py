@@ -6,6 +6,7 @@ Parameters bear the names of a Qwen2.5 checkpoint, so loading one is a few stric
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -498,7 +499,7 @@ def fingerprint(*paths: Path) -> str:
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """A Qwen2.5 folder in Hugging Face's format -> model on the device; tensors are read one at a time.
+    """A Qwen2.5 folder in Hugging Face's format -> model on the device; each tensor goes there by itself, a few at a time.
     InputError names what is missing, superfluous, misshapen or not a number."""
     folder = Path(folder)
     config = ModelConfig.read(folder)
@@ -511,21 +512,26 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     for file, names in _shards(folder, want).items():
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                names = names if names is not None else list(tensors.keys())
+                names, todo = names if names is not None else list(tensors.keys()), []
                 for name in names:
-                    if config.tie_word_embeddings and name == "lm_head.weight":
+                    if name == "lm_head.weight" and config.tie_word_embeddings:
                         continue  # some writers store the tied head once more
                     if name not in want:
                         raise InputError(f"{file}: {name} is not a tensor of this model, or stands twice")
+                    shape, asked = tuple(tensors.get_slice(name).get_shape()), tuple(want.pop(name))
+                    if shape != asked:
+                        raise InputError(f"{file}: {name} has shape {shape}, config.json asks for {asked}")
+                    todo.append(name)
+
+                def read(name: str) -> None:
                     stored = tensors.get_tensor(name)
-                    if stored.shape != want.pop(name):
-                        raise InputError(f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for "
-                                         f"{tuple(model.get_parameter(name).shape)}")
                     weight = stored.to(dtype)
                     if not stored.is_floating_point() or not bool(weight.sum().isfinite()):
                         raise InputError(f"{file}: {name} ({stored.dtype}) holds something that is not a finite number")
                     module, _, own = name.rpartition(".")
                     setattr(model.get_submodule(module), own, nn.Parameter(weight))
+                with ThreadPoolExecutor(4) as pool:  # fresh memory costs a processor more than the copying
+                    list(pool.map(read, todo))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file ({error})") from None
     if want:
