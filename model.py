@@ -148,7 +148,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)   # (B, K, T, Dh)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if window is None:  # whole rows from position 0: padding on the right is never seen by a real token
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            out = self.attend(q, k, v)                                                # (B, H, T, Dh)
         else:  # is_causal would be top-left aligned, wrong behind a cache, so the window brings a mask
             k, v = window.write(self.layer, k, v)                                     # (B, K, S, Dh)
             # The H/K query heads of a kv-head stand side by side in time: no key is copied, no slow grouped path.
@@ -156,6 +156,16 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask)
             out = out.reshape(B, self.heads, T, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))                     # (B, T, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q kᵀ / sqrt(Dh)) v, each token seeing itself and those before it; q (B, H, T, Dh), k and v (B, K, T, Dh)."""
+        B, H, T, Dh = q.shape
+        if not torch.is_autocast_enabled("cpu") or B * H * T * T > 2 ** 24:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        # In bfloat16 on a CPU the fused kernel takes three times as long as the formula, which only needs more memory.
+        future = torch.full((T, T), -math.inf).triu(1).repeat(H // self.kv_heads, 1)  # (H/K·T, T)
+        scores = (q * Dh ** -0.5).reshape(B, self.kv_heads, -1, Dh) @ k.mT + future   # (B, K, H/K·T, T) in float32
+        return (scores.softmax(-1) @ v).view(B, H, T, Dh)
 
 
 class MLP(nn.Module):

@@ -173,6 +173,20 @@ def test_bfloat16_stays_near_and_its_logits_are_float32(tiny):
     assert logits.dtype == torch.float32 and distance(logits, slow_forward(model, ids)) < 0.03
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (14, 2)])
+def test_training_in_half_precision_on_a_cpu_stays_near(tiny, heads, kv_heads):
+    """There attention is written out, in place of the fused kernel: same states, same gradients, to a few per cent."""
+    ids, gradients = random_ids(np.random.default_rng(3), 40), []
+    for half in (True, False):
+        model = tiny(heads=heads, kv_heads=kv_heads, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            states = model(torch.tensor([ids]))
+        model.head(states).log_softmax(-1)[0, range(39), ids[1:]].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert distance(model.head(states)[0], slow_forward(model, ids)) < (0.03 if half else 1e-5)
+    assert distance(*gradients) < 0.05
+
+
 def test_init_weights_follow_the_seed_alone(tiny):
     first, again, other = (tiny(seed=i).init_weights(s).state_dict() for i, s in enumerate((5, 5, 6)))
     assert all(torch.equal(first[n], again[n]) for n in first if "norm" not in n)

@@ -456,11 +456,15 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch):
-    """Whole steps of stage 2, with calls, memory, checkpoints and looks at held-out questions."""
+@pytest.mark.parametrize("half", [False, True] if DEEP else [False])
+def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch, half):
+    """Whole steps of stage 2, with calls, memory, checkpoints and looks at held-out questions. In half precision oneDNN
+    makes kernels for each new shape of batch and keeps them, up to a bound: what a late shape brings is taken off."""
     total, first = (2000, 100) if DEEP else (60, 20)
-    if not DEEP:  # oneDNN keeps a bfloat16 kernel for each new shape, up to a bound that twenty steps don't reach
+    if not half:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    shapes, score = set(), grpo.score
+    monkeypatch.setattr(grpo, "score", lambda *given: (out := score(*given), shapes.add(out[0].shape))[0])
     config = GRPOConfig(out=str(tmp_path), steps=total, questions=2, group=2, turn_tokens=16, max_turns=2, loss="grpo",
                         trace_tokens=700, save_every=10, eval_every=first // 2)
     calls = lambda text: agents.Turn("", [agents.Call("lookup", {"subject": text[:1], "property": text[1:2]})])  # noqa: E731
@@ -471,7 +475,7 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch):
 
     def log(run, row):
         real(run, row)
-        seen.append((resident(), len(os.listdir("/proc/self/fd")), threading.active_count()))
+        seen.append((resident(), len(os.listdir("/proc/self/fd")), threading.active_count(), len(shapes)))
     monkeypatch.setattr(Run, "log", log)
     (tmp_path / "sft").mkdir()
     shutil.copytree(folder, tmp_path / "sft" / "model")
@@ -479,10 +483,11 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch):
     (tmp_path / "sft" / "model" / "config.json").write_text(shape.read_text().replace("256", "1024"))  # room for long traces
     (tmp_path / "sft" / "config.json").write_text(json.dumps(asdict(SFTConfig())))
     grpo.train(config)
-    memory, handles, threads = zip(*seen[first:])
+    memory, handles, threads, known = zip(*seen[first:])
+    memory = [m - 12e6 * half * (n - known[0]) for m, n in zip(memory, known)]
     third = len(memory) // 3
     begin, end = (sum(part) / third for part in (memory[:third], memory[-third:]))
     print(f"memory {min(memory) / 1e6:.1f} to {max(memory) / 1e6:.1f} MB, first third {begin / 1e6:.1f}, last third "
-          f"{end / 1e6:.1f}; handles {set(handles)}, threads {set(threads)}")
+          f"{end / 1e6:.1f}, {known[-1] - known[0]} late shapes; handles {set(handles)}, threads {set(threads)}")
     assert len(seen) == total and max(memory) <= 1.1 * max(memory[:third]) and end <= 1.02 * begin
     assert max(handles) <= handles[0] and max(threads) <= threads[0]
