@@ -12,7 +12,7 @@ sequence: GSPO (Zheng et al. 2025). Where we depart from them:
   1. Observations, and all else that the policy didn't sample, have no part in any sum.
   2. pi_old is the trainer's own first pass, not the sampler's number: with one update a rollout every ratio is
      exactly 1, with more the first ones up to rounding. The gap between sampler and trainer is logged.
-  3. Groups whose rewards are all equal have advantage exactly 0; without a KL term they are left out of the pass.
+  3. Flat groups, whose rewards are all equal, have advantage exactly 0; without a KL term they are left out of the pass.
   4. Dr. GRPO's constant is the most tokens that a trace may have, prompt and observations included.
 
 Shapes: B traces, T tokens, G group. R = w_answer · answer + w_consistency · consistency, all in [0, 1].
@@ -38,8 +38,8 @@ from data.score import exact_match, f1, interval, normalize
 from data.tools import Real
 from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
 from model import InputError, ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model, token_logprobs
-from sft import (Run, SFTConfig, at_least, command_line, half_precision, make_optimizer, option, optimizer_step, pad,
-                 pick_device, positive, read_config, run_main, set_up, to_records)
+from sft import (Run, SFTConfig, at_least, command_line, half_precision, make_optimizer, micro_batches, option,
+                 optimizer_step, pad, pick_device, positive, read_config, run_main, set_up, to_records)
 
 
 # What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
@@ -62,7 +62,7 @@ class GRPOConfig:
     group: int = option(8, "G: traces a question")
     epochs: int = option(1, "passes over a rollout")
     minibatches: int = option(1, "optimizer steps a pass")
-    lr: float = option(5e-4, "learning rate, falling linearly to 0")
+    lr: float = option(5e-4, "learning rate, about 1e-6 for a real checkpoint; falls linearly to 0")
     clip_norm: float = option(1.0, "largest norm of the gradient")
     loss: str = option("dapo", "which sum over tokens and which ratio; sets the next four", choices=tuple(LOSSES))
     scale_std: bool | None = option(None, "divide advantages by the group's std")
@@ -79,7 +79,7 @@ class GRPOConfig:
     trace_tokens: int = option(896, "tokens a trace, prompt included")
     micro_tokens: int = option(4096, "padded tokens a pass of the trainer; turn down if memory runs out")
     eval_every: int = option(18, "steps between two looks at the held-out questions")
-    save_every: int = option(5, "steps between two checkpoints; one is also written at each of these looks")
+    save_every: int = option(5, "steps between two checkpoints; one is also written at each held-out look")
     resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
 
     def __post_init__(self):
@@ -294,7 +294,7 @@ class Stage:
 
     def make_tools(self, questions: list[Question]) -> None:
         """The ToolMaker writes each question's tools, once."""
-        todo = [q for q in questions if q.id not in self.boxes]
+        todo = list({q.id: q for q in questions if q.id not in self.boxes}.values())
         for i in tqdm(range(0, len(todo), 64), desc="tools", unit="batch", mininterval=1):
             part = todo[i:i + 64]
             self.boxes |= zip([q.id for q in part], self.maker.make([q.text for q in part], (self.config.seed,)))
@@ -311,18 +311,19 @@ class Stage:
                 for q in questions for sample in range(group)]
 
 
-def evaluate(stage: Stage, model: Transformer, questions: list[Question], backend=None, closed_book: bool = False,
-             samples: int = 1) -> tuple[dict, list[Trace]]:
-    """One row of the results: held-out questions answered greedily, then `samples` times at temperature 1. All but
-    em_greedy is of the sampled traces; the last of these are returned too."""
-    row, n = {"n": len(questions)}, len(questions)
-    for name, temperature, group in (("em_greedy", 0.0, 1), ("em_sampled", 1.0, samples)):
-        traces = stage.traces(questions, group, "eval")
-        run_episodes(stage.agent(model, n * group, temperature), backend or stage.actor, traces, group, closed_book)
-        asked = [q for q in questions for _ in range(group)]
-        seen = [measure(t, q.golds) for t, q in zip(traces, asked)]
+def evaluate(stage: Stage, agent: AutoAgent, questions: list[Question], backend=None, closed_book: bool = False
+             ) -> tuple[dict, list[Trace]]:
+    """One row of the results: held-out questions answered greedily, then at temperature 1. All but em_greedy is of
+    the sampled traces, which are returned too."""
+    row, rows, before = {"n": len(questions)}, agent.sampler.capacity, agent.temperature
+    for name, temperature in (("em_greedy", 0.0), ("em_sampled", 1.0)):
+        agent.temperature, traces = temperature, stage.traces(questions, 1, "eval")
+        for i in range(0, len(traces), rows):
+            run_episodes(agent, backend or stage.actor, traces[i:i + rows], closed_book=closed_book)
+        seen = [measure(t, q.golds) for t, q in zip(traces, questions)]
         row[name] = float(np.mean([m["em"] for m in seen]))
-    by_set = {s: [m["em"] for m, q in zip(seen, asked) if q.set == s] for s in HELD_OUT}
+    agent.temperature = before
+    by_set = {s: [m["em"] for m, q in zip(seen, questions) if q.set == s] for s in HELD_OUT}
     return row | means(seen) | {"by_set": {s: float(np.mean(v)) for s, v in by_set.items() if v}}, traces
 
 
@@ -343,16 +344,6 @@ def means(seen: list[dict]) -> dict[str, float | None]:
 
 
 # -------------------------------------------------------------------------------------------- update
-
-
-def micro_batches(traces: list[Trace], tokens: int) -> list[list[int]]:
-    """Row numbers of the traces, neighbours in length together, at most `tokens` padded tokens a batch."""
-    batches: list[list[int]] = [[]] if traces else []
-    for i in sorted(range(len(traces)), key=lambda i: len(traces[i].ids)):
-        if batches[-1] and len(traces[i].ids) * (len(batches[-1]) + 1) > tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
 
 
 def score(model: Transformer, traces: list[Trace], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,8 +382,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
             finite = True
             rows = [(n, int(i)) for n, i in enumerate(rows) if i in learn]
             for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens):
-                lines, part = zip(*(rows[j] for j in part))
-                lines, part = list(lines), list(part)
+                lines, part = map(list, zip(*(rows[j] for j in part)))
                 logprobs, entropy, mask = score(model, [traces[i] for i in part], config)
                 T, device = logprobs.shape[1], logprobs.device
                 before = logprobs.detach() if old is None else old[part, :T].to(device)
@@ -474,7 +464,7 @@ def train(config: GRPOConfig) -> None:
         held_out = [q for q in questions if q.set in HELD_OUT][::4]
     with world.sealed():
         stage = Stage(before / "model", config, room=config.trace_tokens if config.data else None)
-        run = Run(Path(config.out) / "grpo", config, COLUMNS, before / "model")
+        run = Run(Path(config.out) / "grpo", config, COLUMNS, before / "model", config.data)
         if run.finished:
             return
         stage.restore(run.state)
@@ -511,7 +501,7 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         elif not row["updates"]:
             bar.write(f"step {step}: no group has a better and a worse trace to learn from; no optimizer step")
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            result, seen = evaluate(stage, model, held_out)
+            result, seen = evaluate(stage, agent, held_out)
             row |= {"heldout_greedy": result["em_greedy"], "heldout_sampled": result["em_sampled"]}
             run.save_traces(step, seen)
         run.log({name: row.get(name, "") for name in COLUMNS})
@@ -587,7 +577,7 @@ def open_run(out: str, room: int | None = None) -> tuple[Stage, Transformer, Wor
     """What a finished run left: frozen tools, trained agent, world."""
     folder = Path(out)
     for part in ("sft", "grpo"):
-        if not (folder / part / "model").is_dir():
+        if not (folder / part / "model" / "config.json").exists():
             raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
     config = read_config(GRPOConfig, folder / "grpo" / "config.json")
     stage = Stage(folder / "sft" / "model", config, room=room or (config.trace_tokens if config.data else None))
@@ -615,12 +605,13 @@ class Cast:
             self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, dtype)
             self.model = self.stage.frozen
         self.stage.config = c
-        self.name, simulator = (f"{'/'.join(folder.resolve().parts[-2:])} {fingerprint(folder)}" for folder in folders)
+        digests = {folder: fingerprint(folder)[:8] for folder in set(folders)}
+        self.name, simulator = (f"{'/'.join(folder.resolve().parts[-2:])} {digests[folder]}" for folder in folders)
         self.alone = config.backend == "real" and bool(self.real)  # no tool is made, none is played
         if config.backend == "real" and not (self.real or self.world):
             raise InputError("backend: there is no world to answer for --model; give --real-tools FILE")
         played = "real: the world" if config.backend == "real" else f"simulated: {simulator}" + " grounded" * config.grounded
-        own = f"real: {config.real_tools} {fingerprint(config.real_tools)}" if self.real else ""
+        own = f"real: {config.real_tools} {fingerprint(config.real_tools)[:8]}" if self.real else ""
         self.backend = " + ".join(filter(None, ["" if self.alone else played, own])) if config.tools else "none"
         self.settings = [self.name, self.backend, c.seed, c.temperature, c.top_p, c.top_k, c.max_turns, c.turn_tokens, c.trace_tokens]
 
@@ -716,7 +707,8 @@ def result_row(lines: list[dict], samples: int) -> dict:
     row = {"n": len(lines) // samples, "samples": samples}
     for name in ("em", "f1"):
         by_question = np.array([line[name] for line in lines]).reshape(-1, samples).mean(1)
-        row |= {name: float(by_question.mean()), f"{name}_low": interval(by_question)[0], f"{name}_high": interval(by_question)[1]}
+        low, high = interval(by_question)
+        row |= {name: float(by_question.mean()), f"{name}_low": low, f"{name}_high": high}
     return row | means(lines) | {"seconds": sum(line["seconds"] for line in lines)}
 
 
@@ -741,7 +733,7 @@ def describe_teaching(trace: Trace, item: Item, box: Toolbox) -> dict:
 def teach(config: TracesConfig) -> Counter:
     """Stage 0: a teacher's traces over question files, to config.out -> how many were kept (""), and why others not."""
     read, cast, path = [read_questions(file, config.skip_bad) for file in config.data], Cast(config), Path(config.out)
-    items = [replace(item, id=f"{item.set} {item.id}") for items, _ in read for item in items]
+    items = [replace(item, id=f"{file} {item.id}") for file, (items, _) in zip(config.data, read) for item in items]
     by = digest(cast.settings, fingerprint(*config.data))
     return Counter(line["why"] for line in cast.play(items, path, by, describe_teaching))
 
@@ -750,8 +742,8 @@ def main() -> None:
     """python grpo.py"""
     config = command_line(GRPOConfig, __doc__)
     train(config)
-    data = " ".join(["", "--data", *config.data] if config.data else [])
-    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; compare with: python mtr.py eval --out {config.out}{data}")
+    data = " --data FILE, one that it wasn't trained on" if config.data else ""
+    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; look at it with: python mtr.py eval --out {config.out}{data}")
 
 
 if __name__ == "__main__":

@@ -319,13 +319,13 @@ class Window:
         self.mask = (keys <= self.positions[:, :, None])[:, None].repeat(1, 1, cache.groups, 1)  # (B, 1, H/K·T, S)
         self.real = (torch.arange(width, device=device) < new[:, None]).nonzero(as_tuple=True) if width > 1 \
             else (torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device))
+        self.place = self.positions[self.real]  # of the real tokens, in the cache
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, K, T, Dh) into the cache, padding left out -> all keys and values so far (B, K, S, Dh)."""
-        rows, cols = self.real
-        positions, B, S = self.positions[rows, cols], len(self.positions), self.mask.shape[-1]
-        self.cache.k[layer, rows, :, positions] = k[rows, :, cols]
-        self.cache.v[layer, rows, :, positions] = v[rows, :, cols]
+        (rows, cols), B, S = self.real, len(self.positions), self.mask.shape[-1]
+        self.cache.k[layer, rows, :, self.place] = k[rows, :, cols]
+        self.cache.v[layer, rows, :, self.place] = v[rows, :, cols]
         return self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]
 
     def close(self) -> None:
@@ -399,7 +399,7 @@ class Sampler:
         for head, prompt in zip(heads, prompts):
             for c in range(head, head + copies):  # the last id is read by sample(), which needs what follows it
                 self.pending[c], self.filled[c] = prompt[-1:], len(prompt) - 1
-        if copies > 1:
+        if copies > 1 and prompts:
             self.cache.longest = max(self.filled[first:self.used])
             target = [c for head in heads for c in range(head + 1, head + copies)]
             source = [head for head in heads for _ in range(copies - 1)]
@@ -499,13 +499,13 @@ class Sampler:
 
 
 def fingerprint(*paths: Path) -> str:
-    """Eight digits that tell files apart by what stands in them; of a model folder its weights."""
+    """SHA-256 over what stands in files; of a model folder over its weights."""
     digest = hashlib.sha256()
     for path in paths:
         for part in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]:
             with open(part, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -593,6 +593,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer with Qwen2.5's control tokens ({error})") from None
         self.size = self.full.get_vocab_size()
+        self.spans = lru_cache(10_000)(lambda text: self.plain.encode(text).ids)  # the same ones come again and again
         self.files = {"tokenizer.json": content} | {  # to be saved again, byte for byte
             name: read_file(folder / name) for name in ("tokenizer_config.json", "chat_template.jinja")
             if (folder / name).exists()}
@@ -612,7 +613,7 @@ class Tokenizer:
                 text += piece
                 continue
             # A lone surrogate, which JSON can smuggle in, is no character: the encoder would refuse the whole text.
-            ids += self.plain.encode(text.encode("utf-8", "replace").decode()).ids if text else []
+            ids += self.spans(text.encode("utf-8", "replace").decode()) if text else []
             text = ""
             if piece is not None:
                 ids.append(self.control[piece])

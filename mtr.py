@@ -71,8 +71,8 @@ def run(config: RunConfig) -> None:
     first, second = SFTConfig(**shared, **toy["sft"]), GRPOConfig(**shared, **toy["grpo"])
     out, seconds = Path(config.out), {}
     for part in () if config.resume else (out / "sft", out / "grpo", out / "sft_continued"):
-        if (part / "checkpoints").exists() and not (part / "model" / "config.json").exists():
-            raise InputError(f"{part}: an unfinished run; --resume goes on with it, or remove it")
+        if (part / "checkpoints").exists():
+            raise InputError(f"{part}: holds a run; --resume goes on with it; else remove it or name another --out")
     say(f"1/4  SFT: {first.steps} steps from random weights, on the conversations of an impatient teacher")
     with clock(seconds, "sft"):
         sft.train(first)
@@ -109,7 +109,8 @@ def report(config: RunConfig, second: GRPOConfig, most: int | None) -> tuple[dic
             ("grpo_real", "grpo", Real(world.real))]
     for name, model, backend in sft.tqdm(plan, desc="rows", unit="row"):
         with nullcontext() if isinstance(backend, Real) else world.sealed():
-            row, traces[name] = grpo.evaluate(stage, models[model], held_out, backend, closed_book=name == "closed_book")
+            agent = stage.agent(models[model], 100, 0.0)
+            row, traces[name] = grpo.evaluate(stage, agent, held_out, backend, closed_book=name == "closed_book")
         rows.append({"row": name, **row})
     results = {"seed": config.seed, "actor_recall": actor_recall(stage, world),
                "actor_fidelity": actor_fidelity(traces["grpo"], world), "maker": maker_report(stage, held_out), "rows": rows}

@@ -7,7 +7,6 @@ Here too is what both stages share: a command line from a dataclass, batches, sc
 """
 import argparse
 import csv
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Callable, Iterator, get_args
 
@@ -32,8 +31,8 @@ from tqdm import tqdm
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data.world import make_world, teach
-from model import (InputError, ModelConfig, Tokenizer, Transformer, load_model, read_json, save_model, token_logprobs,
-                   train_tokenizer)
+from model import (InputError, ModelConfig, Tokenizer, Transformer, fingerprint, load_model, read_json, save_model,
+                   token_logprobs, train_tokenizer)
 
 
 def option(default, meaning: str, **more):
@@ -55,11 +54,11 @@ class SFTConfig:
     actor_tokens: int = option(500, "of ToolActor's")
     piece: int = option(24, "tokens of the pieces that the conversations are cut into at first")
     piece_steps: int = option(150, "steps after which the pieces are four times as long, until nothing is cut")
-    lr: float = option(1.5e-3, "peak learning rate; linear warm-up, then a cosine down to 5 %")
+    lr: float = option(1.5e-3, "peak learning rate, 1e-5 for a real checkpoint; linear warm-up, then a cosine down to 5 %")
     warmup: int = option(100, "steps of warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
     clip_norm: float = option(1.0, "largest norm of the gradient")
-    continued_steps: int = option(1150, "steps of the control that goes on with SFT while GRPO runs (mtr.py)")
+    continued_steps: int = option(1060, "steps of mtr.py's control, which goes on with SFT about as long as GRPO takes")
     eval_every: int = option(300, "steps between two looks at the held-out loss")
     save_every: int = option(150, "steps between two checkpoints")
     resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
@@ -157,6 +156,10 @@ def run_main(main) -> None:
     except (InputError, OSError, SafetensorError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"{Path(sys.argv[0]).name}: the device's memory is full; turn down the rows, the group or the tokens of a trace, a "
+              f"batch or a pass ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         number, words = stop.args or (signal.SIGINT, "interrupted")
         print(words, file=sys.stderr)
@@ -232,15 +235,6 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     sync(target.parent)
 
 
-def identity(folder: Path) -> dict:
-    """Name of a model folder and SHA-256 of its weights."""
-    digests = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": str(folder), "sha256": digests}
-
-
 class Run:
     """One stage's folder: config.json, metrics.csv (a row a step), traces.jsonl, checkpoints/, model/.
 
@@ -248,18 +242,18 @@ class Run:
     from the seed and the step, so the step is all that there is to store of it. The last two are kept, and the best."""
     LOGS = ("metrics.csv", "traces.jsonl", "dropped.jsonl")
 
-    def __init__(self, folder: Path, config, columns: list[str], source: Path | None = None):
-        """source: the model folder that the stage starts from."""
+    def __init__(self, folder: Path, config, columns: list[str], source: Path | None = None, files: tuple[str, ...] = ()):
+        """source: the model folder that the stage starts from; files: what it learns from, if that isn't the world."""
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise InputError(f"{folder}: holds something that is not a run; nothing was touched")
         self.folder, self.save_every = folder, config.save_every
-        self.source = identity(source) if source else None
+        self.source = {"name": str(source or ""), "sha256": fingerprint(*([source] if source else []), *files)}
         self.finished = config.resume and (folder / "model" / "config.json").exists()
         self.score: float | None = None  # of the last step, where the held-out questions were asked
         self.state = {"step": 0, "dropped": 0, "scores": {}, "logs": {}}
         self.checkpoint = self._newest()
-        if self.checkpoint and not config.resume and not (folder / "model" / "config.json").exists():
-            raise InputError(f"{folder}: an unfinished run; --resume goes on with it, or remove it")
+        if not config.resume and (self.checkpoint or (folder / "model" / "config.json").exists()):
+            raise InputError(f"{folder}: holds a run; --resume goes on with it, or leaves it if it is finished; else remove it")
         try:
             if config.resume and (self.checkpoint or self.finished):
                 self._take_up(config)
@@ -290,11 +284,12 @@ class Run:
             if name not in ("out", "resume") and value != begun.get(name):
                 raise InputError(f"{name}: the run in {self.folder} was begun with {begun.get(name)!r}, not {value!r}; "
                                  "--resume goes on as it began")
+        if self.checkpoint:
+            self.state = read_json(self.checkpoint / "state.json")
+            if self.source["sha256"] != self.state["source"]["sha256"]:
+                raise InputError(f"{self.folder}: begun with another {self.source['name'] or 'file of traces'} than what lies there now")
         if self.finished:
             return
-        self.state = read_json(self.checkpoint / "state.json")
-        if self.source and self.source["sha256"] != self.state["source"]["sha256"]:
-            raise InputError(f"{self.source['name']}: not the model that the run in {self.folder} began with")
         for name in self.LOGS:  # what was written after the checkpoint will be written again
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, self.state["logs"].get(name, 0))
@@ -332,7 +327,8 @@ class Run:
               more: Callable[[], dict] = dict) -> Iterator[int]:
         """The steps that are left to make. Between two of them, and at the end, a checkpoint is written where one is
         due, with `more` that the stage has to remember, and Ctrl-C and SIGTERM are heard."""
-        need = 4 * 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and two moments each
+        more_to_come = max(1, 4 - len(list((self.folder / "checkpoints").glob("[0-9]*"))))  # three are kept, one is written
+        need = more_to_come * 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and two moments
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise InputError(f"{self.folder}: {need / 1e9:.2f} GB needed for checkpoints, {free / 1e9:.2f} GB free")
         if self.checkpoint:
@@ -375,8 +371,7 @@ class Run:
         with safe_open(self.checkpoint / "optimizer.safetensors", framework="pt") as tensors:
             for key in tensors.keys():
                 name, moment = key.rsplit(".", 1)
-                tensor = tensors.get_tensor(key).clone()
-                optimizer.state[weights[name]][moment] = tensor.to(weights[name].device) if tensor.dim() else tensor
+                optimizer.state[weights[name]][moment] = tensors.get_tensor(key).clone().to(weights[name].device)
 
     def save(self, model: Transformer, tokenizer: Tokenizer) -> None:
         """The model as a Hugging Face folder, whole or not at all."""
@@ -399,7 +394,7 @@ def make_optimizer(model: Transformer, lr: float, weight_decay: float) -> torch.
     """AdamW with decay on matrices alone: norms and biases have no scale to be pulled to."""
     groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": weight_decay},
               {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float,
@@ -527,16 +522,22 @@ def cut(traces: list[Trace], tokens: int, enough: int) -> list[Trace]:
     return made
 
 
+def micro_batches(traces: list[Trace], tokens: int) -> list[list[int]]:
+    """Row numbers of the traces, neighbours in length together, at most `tokens` padded tokens a batch."""
+    made: list[list[int]] = [[]] if traces else []
+    for i in sorted(range(len(traces)), key=lambda i: len(traces[i].ids)):
+        if made[-1] and len(traces[i].ids) * (len(made[-1]) + 1) > tokens:
+            made.append([])
+        made[-1].append(i)
+    return made
+
+
 def batches(traces: list[Trace], tokens: int, rng: random.Random):
     """Endless batches of at most `tokens` padded tokens: shuffled epochs, neighbours in length together."""
     while True:
         order, made = rng.sample(traces, len(traces)), []
-        for i in range(0, len(order), 64):
-            made.append([])
-            for trace in sorted(order[i:i + 64], key=lambda t: len(t.ids)):
-                if made[-1] and len(trace.ids) * (len(made[-1]) + 1) > tokens:
-                    made.append([])
-                made[-1].append(trace)
+        for part in (order[i:i + 64] for i in range(0, len(order), 64)):
+            made += [[part[i] for i in rows] for rows in micro_batches(part, tokens)]
         yield from rng.sample(made, len(made))
 
 
@@ -564,9 +565,9 @@ def train_step(model: Transformer, parts: list[list[Trace]], device: str) -> tup
 
 
 @torch.no_grad()
-def held_out_loss(model: Transformer, traces: list[Trace], device: str) -> float:
-    """Mean -log p over the loss tokens of traces that training never sees."""
-    sums = [masked_loss(model, traces[i:i + 10], device) for i in range(0, len(traces), 10)]
+def held_out_loss(model: Transformer, traces: list[Trace], device: str, tokens: int) -> float:
+    """Mean -log p over the loss tokens of traces that training never sees, `tokens` padded tokens a pass."""
+    sums = [masked_loss(model, [traces[i] for i in rows], device) for rows in micro_batches(traces, tokens)]
     return sum(float(total) for total, _ in sums) / sum(number for _, number in sums)
 
 
@@ -585,8 +586,8 @@ def new_miniature(config: SFTConfig, texts: list[str], run: Run) -> tuple[Transf
 
 
 def lessons(data: dict, config: SFTConfig) -> Iterator[list[list[Trace]]]:
-    """Each step's batches, one a role: of pieces at first, in the end of whole conversations. Who wants those from a
-    later step on has to pass over the earlier ones."""
+    """Each step's batches, one a role: of pieces at first, in the end of whole conversations, epoch after epoch. To go on
+    from step n, skip the first n."""
     rng, length = random.Random(f"batches {config.seed}"), config.piece
     longest = max(len(trace.ids) for part in data.values() for trace in part)
     while True:
@@ -596,7 +597,7 @@ def lessons(data: dict, config: SFTConfig) -> Iterator[list[list[Trace]]]:
             if length < longest:
                 part = cut(rng.sample(part, len(part)), length, tokens * config.piece_steps)
             streams.append(batches(part, tokens, rng))
-        for _ in range(config.piece_steps):
+        for _ in range(config.piece_steps) if length < longest else count():
             yield [next(stream) for stream in streams]
         length *= 4
 
@@ -615,7 +616,7 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict, valid: dict, confi
         row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(roles, losses)}, "lr": lr, "grad_norm": norm,
                "tokens": tokens, "dropped": int(math.isnan(norm)), "time_step": time.perf_counter() - start}
         if step % config.eval_every == 0 or step == steps - 1:
-            row |= {f"heldout_{role}": held_out_loss(model, traces, device) for role, traces in valid.items() if traces}
+            row |= {f"heldout_{role}": held_out_loss(model, traces, device, 2 * config.agent_tokens) for role, traces in valid.items() if traces}
         if row["dropped"]:
             run.save_traces(step, [trace for part in parts for trace in part], "dropped.jsonl")
         run.log(row)
@@ -644,7 +645,7 @@ def train(config: SFTConfig) -> None:
     source = Path(config.model) if config.model else None
     start = load_model(source, pick_device()) if source else None  # what is broken is refused before anything is written
     records, valid, texts = prepare(config)
-    run = Run(Path(config.out) / "sft", config, COLUMNS, source)
+    run = Run(Path(config.out) / "sft", config, COLUMNS, source, (config.traces,) if config.traces else ())
     if run.finished:
         return
     if source:  # it knows how to copy: no need to begin with pieces

@@ -556,6 +556,10 @@ def test_both_ends_of_qwen_stop_a_row(tiny, tokenizer, monkeypatch, name, length
     assert [ids for ids, _ in sampler.sample([0, 1], [6, 6], np.full((2, 6), 0.3))] == [[forced] * length] * 2
 
 
+def test_no_prompt_opens_no_conversation(tiny):
+    assert make_sampler(tiny(), 4).open([], copies=2) == []
+
+
 def test_more_conversations_than_rows_are_refused(tiny):
     sampler = make_sampler(tiny(), 5)
     with pytest.raises(AssertionError, match="room for 5"):

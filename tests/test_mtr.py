@@ -147,7 +147,7 @@ def test_gold_answers_reach_no_prompt_and_change_no_trace(run):
             stage.make_tools(asked)
             model = load_model(run[0] / "grpo" / "model", stage.device)
             rolled = grpo.roll_out(stage, stage.agent(model, 8, 1.0), asked, replace(config, group=2), 0)[0]
-            return [trace.ids for trace in [*rolled, *grpo.evaluate(stage, model, asked)[1]]]
+            return [trace.ids for trace in [*rolled, *grpo.evaluate(stage, stage.agent(model, 3, 0.0), asked)[1]]]
 
     canary = "Qxzzy canary"
     assert play(questions) == play([replace(q, golds=[canary], chain=(canary,)) for q in questions])

@@ -184,11 +184,17 @@ def test_the_last_two_and_the_best_are_kept(scores, kept, begun):
     assert checkpoints(folder) == kept
 
 
-def test_an_unfinished_run_is_not_overwritten(begun):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_is_not_overwritten(begun, finished):
     folder, go = begun
-    with pytest.raises(InputError, match="unfinished run; --resume"):
+    if finished:
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "model" / "config.json").write_text("{}")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match="holds a run; --resume"):
         go(5)
-    assert checkpoints(folder) == [2, 3]
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("more", [{"lr": 0.5}, {"seed": 1}, {"threads": 1}])
@@ -205,8 +211,12 @@ def test_resume_wants_the_model_that_the_run_began_with(begun, tmp_path, folder)
     state = json.loads((run / "checkpoints" / "0000003" / "state.json").read_text())
     state["source"] = {"name": "elsewhere", "sha256": {"model.safetensors": "0" * 64}}
     (run / "checkpoints" / "0000003" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match="not the model that"):
-        Run(run, config(tmp_path, save_every=1, resume=True), ["step"], folder)
+    for finished in (False, True):
+        if finished:
+            (run / "model").mkdir(exist_ok=True)
+            (run / "model" / "config.json").write_text("{}")
+        with pytest.raises(InputError, match="begun with another"):
+            Run(run, config(tmp_path, save_every=1, resume=True), ["step"], folder)
 
 
 def test_resume_of_nothing_starts_at_the_beginning_and_says_so(begun, capsys):
