@@ -292,7 +292,7 @@ class KVCache:
         size, free = 2 * math.prod(shape) * model.dtype.itemsize / 1e9, free_memory(model.device) / 1e9
         if size > free:
             raise InputError(f"KV cache of {rows} conversations x {slots} tokens: {size:.1f} GB, but {free:.1f} GB are free on "
-                             f"{model.device.type}; turn down --trace-tokens, or the questions or the group sampled at once")
+                             f"{model.device.type}; turn down --trace-tokens, or --rows (eval, traces), or --questions or --group (grpo)")
         self.k = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)

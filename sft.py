@@ -185,8 +185,8 @@ def set_up(config) -> None:
 
 
 def half_precision(device: str):
-    """Autocast to bfloat16 where the hardware has it (on two cores twice as fast), else float32. Sums over the
-    vocabulary, norms and angles stay in float32."""
+    """Autocast to bfloat16 on a GPU, and on a CPU that computes in it (on two cores twice as fast), else float32. Sums
+    over the vocabulary, norms and angles stay in float32."""
     device = torch.device(device).type
     fast = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device, torch.bfloat16) if fast else nullcontext()
