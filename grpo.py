@@ -573,15 +573,17 @@ class TracesConfig(EvalConfig):
         super().__post_init__()
 
 
-def open_run(out: str, room: int | None = None) -> tuple[Stage, Transformer, World]:
-    """What a finished run left: frozen tools, trained agent, world."""
+def open_run(out: str, room: int | None = None, rows: int = 64) -> tuple[Stage, Transformer, World]:
+    """What a finished run left: frozen tools, trained agent, world; a real checkpoint's on a GPU in bfloat16."""
     folder = Path(out)
     for part in ("sft", "grpo"):
         if not (folder / part / "model" / "config.json").exists():
             raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
     config = read_config(GRPOConfig, folder / "grpo" / "config.json")
-    stage = Stage(folder / "sft" / "model", config, room=room or (config.trace_tokens if config.data else None))
-    return stage, load_model(folder / "grpo" / "model", stage.device), make_world(read_config(SFTConfig, folder / "sft" / "config.json").seed)
+    dtype = torch.bfloat16 if config.data and pick_device() == "cuda" else torch.float32
+    stage = Stage(folder / "sft" / "model", config, rows, room or (config.trace_tokens if config.data else None), dtype)
+    world = make_world(read_config(SFTConfig, folder / "sft" / "config.json").seed)
+    return stage, load_model(folder / "grpo" / "model", stage.device, dtype), world
 
 
 class Cast:
@@ -592,14 +594,15 @@ class Cast:
         self.config, self.real, self.world = config, load_tools(config.real_tools) if config.real_tools else [], None
         folders = [Path(config.model)] * 2 if config.model else [Path(config.out) / part / "model" for part in ("grpo", "sft")]
         if config.model:
-            limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], ModelConfig.read(folders[0]).max_position_embeddings)}
+            most = ModelConfig.read(folders[0]).max_position_embeddings
+            limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], most)}
         else:
             room = config.trace_tokens or LIMITS["trace_tokens"] if config.grounded else None
-            self.stage, self.model, self.world = open_run(config.out, room)
+            self.stage, self.model, self.world = open_run(config.out, room, config.rows)
             limits = {name: getattr(self.stage.config, name) for name in LIMITS}
         c = replace(config, **{name: getattr(config, name) or limit for name, limit in limits.items()})
         if config.model:
-            if c.trace_tokens > (most := ModelConfig.read(folders[0]).max_position_embeddings):
+            if c.trace_tokens > most:
                 raise InputError(f"trace_tokens: {c.trace_tokens}, but the checkpoint in {folders[0]} has room for {most}")
             dtype = torch.bfloat16 if pick_device() == "cuda" else torch.float32
             self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, dtype)

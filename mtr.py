@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def run(config: RunConfig) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (out / "story.txt").write_text(story + "\n", encoding="utf-8")
     draw_curves(out)
-    show(config.out)
+    show(config)
 
 
 def report(config: RunConfig, second: GRPOConfig, most: int | None) -> tuple[dict, str]:
@@ -161,17 +161,12 @@ def before_and_after(questions: list[Question], before: list[Trace], after: list
     return "No held-out question went from wrong to right."
 
 
-class clock:
+@contextmanager
+def clock(into: dict, name: str):
     """Seconds spent inside, into a dict."""
-
-    def __init__(self, into: dict, name: str):
-        self.into, self.name = into, name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.into[self.name] = round(time.perf_counter() - self.start, 1)
+    start = time.perf_counter()
+    yield
+    into[name] = round(time.perf_counter() - start, 1)
 
 
 def say(line: str) -> None:
@@ -179,8 +174,9 @@ def say(line: str) -> None:
     print(f"\n{line}", flush=True)
 
 
-def show(out: str) -> None:
+def show(config: RunConfig | ShowConfig) -> None:
     """Print a run's table and story."""
+    out = config.out
     results = read_json(Path(out) / "results.json")
     columns = ("em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "support", "calls")
     say(f"{'row':<14}" + "".join(f"{name:>12}" for name in columns) + "".join(f"{s:>11}" for s in HELD_OUT))
@@ -241,7 +237,7 @@ def ask(question: str, config: AskConfig) -> None:
     if config.model:
         (maker, agent, actor), sealed = open_checkpoint(config.model, question, own), nullcontext()
     else:
-        stage, policy, world = open_run(config.out)
+        stage, policy, world = open_run(config.out, rows=1)
         maker, agent, actor, sealed = stage.maker, stage.agent(policy, 1, 0.0), stage.actor, world.sealed()
     agent.temperature, agent.sampler.top_p, agent.sampler.top_k = config.temperature, config.top_p, config.top_k
     if not own:
@@ -290,8 +286,8 @@ def traces(config: TracesConfig) -> None:
     print(f"learn from them with: python sft.py --model {config.model} --traces {config.out} --out RUN")
 
 
-COMMANDS = (("ask", "answer one question", AskConfig), ("eval", "evaluate on question files", EvalConfig),
-            ("traces", "stage 0: a teacher's traces", TracesConfig), ("show", "print what a run left", ShowConfig))
+COMMANDS = (("ask", "answer one question", AskConfig, ask), ("eval", "evaluate on question files", EvalConfig, evaluate),
+            ("traces", "stage 0: a teacher's traces", TracesConfig, traces), ("show", "print what a run left", ShowConfig, show))
 
 
 def main() -> None:
@@ -299,7 +295,7 @@ def main() -> None:
     parser = sft.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sft.add_options(parser, RunConfig)
     commands = parser.add_subparsers(dest="command", title="commands", parser_class=sft.Parser)
-    for name, meaning, config in COMMANDS:
+    for name, meaning, config, _ in COMMANDS:
         command = commands.add_parser(name, help=meaning, description=meaning)
         sft.add_options(command, config)
         if name == "ask":
@@ -308,18 +304,9 @@ def main() -> None:
     command = options.pop("command")
     if command and sys.argv[1] != command:
         parser.error(f"{sys.argv[1]}: flags stand after {command}")
-    config = {name: config for name, _, config in COMMANDS}.get(command, RunConfig)
+    config, act = {name: made for name, _, *made in COMMANDS}.get(command, (RunConfig, run))
     config = config(**{f.name: options[f.name] for f in fields(config)})
-    if command == "ask":
-        ask(options["question"], config)
-    elif command == "eval":
-        evaluate(config)
-    elif command == "traces":
-        traces(config)
-    elif command == "show":
-        show(config.out)
-    else:
-        run(config)
+    act(options["question"], config) if command == "ask" else act(config)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def _choose_paths(rng: random.Random) -> tuple[dict[int, list[tuple[str, ...]]],
     unseen, three = threes[:12], threes[12:]
     fours = [(*path, b) for path in three for a, b in pairs
              if path[-1] == a and b not in path and (*path[1:], b) not in unseen]
-    return {2: pairs, 3: three, 4: rng.sample(fours, 120)}, unseen
+    return {2: pairs, 3: three, 4: fours}, unseen
 
 
 def _pools(world: World, paths: dict[int, list[tuple[str, ...]]], rng: random.Random) -> dict[str, list[Question]]:
@@ -344,8 +344,7 @@ def teach_maker(question: Question, rng: random.Random) -> dict:
     """One conversation of the ToolMaker; one in ten answers a request that names why a first try was rejected."""
     rejected = rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
     path = [relation for relation, _ in question.steps[:1 if question.kind == "comparison" else None]]
-    needs = ", then the ".join(path)
-    return {"role": "maker", "question": question.text, "thought": f"I need the {needs}.", "kind": question.kind,
+    return {"role": "maker", "question": question.text, "thought": f"I need {', '.join(path)}.", "kind": question.kind,
             "tools": tools_for(question), "rejected": rejected}
 
 
