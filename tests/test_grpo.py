@@ -903,3 +903,11 @@ def test_training_samples_from_the_whole_policy(config_class, flag, monkeypatch)
     with pytest.raises(InputError, match=f"unknown flag {flag}"):
         command_line(config_class, "")
     assert (Sampler.top_p, Sampler.top_k) == (1.0, 0)
+
+
+def test_a_question_that_comes_twice_gets_its_tools_once():
+    asked = []
+    maker = SimpleNamespace(make=lambda texts, key: asked.extend(texts) or [text.upper() for text in texts])
+    stage = SimpleNamespace(boxes={"b": "B"}, config=SimpleNamespace(seed=0), maker=maker)
+    grpo.Stage.make_tools(stage, [SimpleNamespace(id=name, text=name) for name in "abaca"])
+    assert asked == ["a", "c"] and stage.boxes == {"a": "A", "b": "B", "c": "C"}
