@@ -314,8 +314,9 @@ class Stage:
 def evaluate(stage: Stage, agent: AutoAgent, questions: list[Question], backend=None, closed_book: bool = False
              ) -> tuple[dict, list[Trace]]:
     """One row of the results: held-out questions answered greedily, then at temperature 1. All but em_greedy is of
-    the sampled traces, which are returned too."""
-    row, rows, before = {"n": len(questions)}, agent.sampler.capacity, agent.temperature
+    the sampled traces, which are returned too. The agent's own temperature is put back."""
+    row, rows = {"n": len(questions)}, agent.sampler.capacity
+    before = agent.temperature
     for name, temperature in (("em_greedy", 0.0), ("em_sampled", 1.0)):
         agent.temperature, traces = temperature, stage.traces(questions, 1, "eval")
         for i in range(0, len(traces), rows):
@@ -452,7 +453,7 @@ def train(config: GRPOConfig) -> None:
     world = make_world(read_config(SFTConfig, before / "config.json").seed)
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
-        items = [replace(item, id=f"{file} {item.id}") for file in config.data
+        items = [replace(item, id=f"{n} {item.id}") for n, file in enumerate(config.data)
                  for item in read_questions(file, config.skip_bad)[0]]
         if len(items) < 20:
             raise InputError(f"data: {len(items)} questions; at least 20 are needed, every twentieth is held out")
@@ -574,7 +575,7 @@ class TracesConfig(EvalConfig):
 
 
 def open_run(out: str, room: int | None = None, rows: int = 64) -> tuple[Stage, Transformer, World]:
-    """What a finished run left: frozen tools, trained agent, world; a real checkpoint's on a GPU in bfloat16."""
+    """What a finished run left: frozen tools, trained agent, world; of a run on question files, on a GPU, in bfloat16."""
     folder = Path(out)
     for part in ("sft", "grpo"):
         if not (folder / part / "model" / "config.json").exists():
@@ -736,7 +737,7 @@ def describe_teaching(trace: Trace, item: Item, box: Toolbox) -> dict:
 def teach(config: TracesConfig) -> Counter:
     """Stage 0: a teacher's traces over question files, to config.out -> how many were kept (""), and why others not."""
     read, cast, path = [read_questions(file, config.skip_bad) for file in config.data], Cast(config), Path(config.out)
-    items = [replace(item, id=f"{file} {item.id}") for file, (items, _) in zip(config.data, read) for item in items]
+    items = [replace(item, id=f"{n} {item.id}") for n, (items, _) in enumerate(read) for item in items]
     by = digest(cast.settings, fingerprint(*config.data))
     return Counter(line["why"] for line in cast.play(items, path, by, describe_teaching))
 

@@ -164,7 +164,7 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         # In bfloat16 on a CPU the fused kernel takes three times as long as the formula, which only needs more memory.
         future = torch.full((T, T), -math.inf).triu(1).repeat(H // self.kv_heads, 1)  # (H/K·T, T)
-        scores = (q * Dh ** -0.5).reshape(B, self.kv_heads, -1, Dh) @ k.mT + future   # (B, K, H/K·T, T) in float32
+        scores = (q * Dh ** -0.5).reshape(B, self.kv_heads, -1, Dh) @ k.mT + future   # (B, K, H/K·T, T), the sum in float32
         return (scores.softmax(-1) @ v).view(B, H, T, Dh)
 
 
@@ -593,7 +593,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer with Qwen2.5's control tokens ({error})") from None
         self.size = self.full.get_vocab_size()
-        self.spans = lru_cache(10_000)(lambda text: self.plain.encode(text).ids)  # the same ones come again and again
+        self.spans = lru_cache(2000)(lambda text: self.plain.encode(text).ids)  # the same ones come again and again
         self.files = {"tokenizer.json": content} | {  # to be saved again, byte for byte
             name: read_file(folder / name) for name in ("tokenizer_config.json", "chat_template.jinja")
             if (folder / name).exists()}

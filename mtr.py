@@ -40,8 +40,12 @@ class RunConfig:
     out: str = option("run", "run folder")
     seed: int = option(0, "the world and all that follows from it")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    toy: bool = option(False, "every stage in under a minute: a check that all works, nothing is learned")
+    toy: bool = option(False, "every stage in under a minute: a check that all works, nothing is learned; --out is toy then")
     resume: bool = option(False, "go on where an interrupted run stopped; finished stages are not repeated")
+
+    def __post_init__(self):
+        if self.toy and self.out == RunConfig.out:
+            self.out = "toy"  # not where the real run will be
 
 
 @dataclass
@@ -71,7 +75,7 @@ def run(config: RunConfig) -> None:
     first, second = SFTConfig(**shared, **toy["sft"]), GRPOConfig(**shared, **toy["grpo"])
     out, seconds = Path(config.out), {}
     for part in () if config.resume else (out / "sft", out / "grpo", out / "sft_continued"):
-        if (part / "checkpoints").exists():
+        if (part / "checkpoints").exists() or (part / "model" / "config.json").exists():
             raise InputError(f"{part}: holds a run; --resume goes on with it; else remove it or name another --out")
     say(f"1/4  SFT: {first.steps} steps from random weights, on the conversations of an impatient teacher")
     with clock(seconds, "sft"):
@@ -304,9 +308,12 @@ def main() -> None:
     command = options.pop("command")
     if command and sys.argv[1] != command:
         parser.error(f"{sys.argv[1]}: flags stand after {command}")
-    config, act = {name: made for name, _, *made in COMMANDS}.get(command, (RunConfig, run))
+    config, act = {name: (config, act) for name, _, config, act in COMMANDS}.get(command, (RunConfig, run))
     config = config(**{f.name: options[f.name] for f in fields(config)})
-    act(options["question"], config) if command == "ask" else act(config)
+    if command == "ask":
+        ask(options["question"], config)
+    else:
+        act(config)
 
 
 if __name__ == "__main__":

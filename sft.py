@@ -157,8 +157,8 @@ def run_main(main) -> None:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"{Path(sys.argv[0]).name}: the device's memory is full; turn down the rows, the group or the tokens of a trace, a "
-              f"batch or a pass ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: the device's memory is full; turn down --rows, --group, --trace-tokens, --micro-tokens or "
+              f"--agent-tokens, whichever it has ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         number, words = stop.args or (signal.SIGINT, "interrupted")
@@ -287,7 +287,7 @@ class Run:
         if self.checkpoint:
             self.state = read_json(self.checkpoint / "state.json")
             if self.source["sha256"] != self.state["source"]["sha256"]:
-                raise InputError(f"{self.folder}: begun with another {self.source['name'] or 'file of traces'} than what lies there now")
+                raise InputError(f"{self.folder}: begun with another model, or other questions or traces, than lie there now")
         if self.finished:
             return
         for name in self.LOGS:  # what was written after the checkpoint will be written again

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sft
-from model import InputError, load_model
+from model import InputError, fingerprint, load_model
 from sft import Run, SFTConfig
 
 DEEP = "MTR_DEEP" in os.environ
@@ -209,7 +209,7 @@ def test_resume_goes_on_as_the_run_began(more, begun):
 def test_resume_wants_the_model_that_the_run_began_with(begun, tmp_path, folder):
     run, _ = begun
     state = json.loads((run / "checkpoints" / "0000003" / "state.json").read_text())
-    state["source"] = {"name": "elsewhere", "sha256": {"model.safetensors": "0" * 64}}
+    state["source"] = {"name": "elsewhere", "sha256": "0" * 64}
     (run / "checkpoints" / "0000003" / "state.json").write_text(json.dumps(state))
     for finished in (False, True):
         if finished:
@@ -217,6 +217,19 @@ def test_resume_wants_the_model_that_the_run_began_with(begun, tmp_path, folder)
             (run / "model" / "config.json").write_text("{}")
         with pytest.raises(InputError, match="begun with another"):
             Run(run, config(tmp_path, save_every=1, resume=True), ["step"], folder)
+
+
+def test_resume_wants_the_files_that_the_run_began_with(begun, tmp_path):
+    (run, _), file = begun, tmp_path / "traces.jsonl"
+    file.write_text("one")
+    state = json.loads((run / "checkpoints" / "0000003" / "state.json").read_text())
+    state["source"] = {"name": "", "sha256": fingerprint(file)}
+    (run / "checkpoints" / "0000003" / "state.json").write_text(json.dumps(state))
+    again = config(tmp_path, save_every=1, resume=True)
+    Run(run, again, ["step"], files=(str(file),)).file.close()
+    file.write_text("two")
+    with pytest.raises(InputError, match="begun with another"):
+        Run(run, again, ["step"], files=(str(file),))
 
 
 def test_resume_of_nothing_starts_at_the_beginning_and_says_so(begun, capsys):

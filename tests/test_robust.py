@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -456,10 +457,10 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("half", [False, True] if DEEP else [False])
+@pytest.mark.parametrize("half", [False, True] if DEEP and torch.cpu._is_avx512_bf16_supported() else [False])
 def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch, half):
     """Whole steps of stage 2, with calls, memory, checkpoints and looks at held-out questions. In half precision oneDNN
-    makes kernels for each new shape of batch and keeps them, up to a bound: what a late shape brings is taken off."""
+    makes kernels for each new shape of batch and keeps them, up to a bound: such a step's growth doesn't count."""
     total, first = (2000, 100) if DEEP else (60, 20)
     if not half:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -484,7 +485,8 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch, h
     (tmp_path / "sft" / "config.json").write_text(json.dumps(asdict(SFTConfig())))
     grpo.train(config)
     memory, handles, threads, known = zip(*seen[first:])
-    memory = [m - 12e6 * half * (n - known[0]) for m, n in zip(memory, known)]
+    grown = [b - a for a, b, new in zip(memory, memory[1:], np.diff(known)) if not new or not half]
+    memory = np.cumsum([memory[0], *grown])
     third = len(memory) // 3
     begin, end = (sum(part) / third for part in (memory[:third], memory[-third:]))
     print(f"memory {min(memory) / 1e6:.1f} to {max(memory) / 1e6:.1f} MB, first third {begin / 1e6:.1f}, last third "

@@ -206,12 +206,14 @@ def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     monkeypatch.setattr(sft, "train_step", lambda _, parts, device: batches.append(parts) or ([0.0] * 3, 1))
     monkeypatch.setattr(sft, "optimizer_step", lambda *_: 0.0)
     run = SimpleNamespace(log=lambda row: None, steps=lambda total, *_: range(total), state={"step": 0})
-    sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3, steps=30), run)
+    sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3, steps=30, agent_tokens=100), run)
     lengths = [max(len(t.ids) for part in parts for t in part) for parts in batches]
     assert max(lengths[:3]) == 8 and 8 < max(lengths[3:6]) <= 32 and len(batches) == 30
     whole = [trace.ids for trace in data["agent"]]
     seen = [trace.ids for parts in batches[6:] for part in parts for trace in part]
     assert all(ids in seen for ids in whole) and all(ids in whole for ids in seen)
+    agent = [trace.ids[0] for parts in batches[6:] for trace in parts[0]]
+    assert len(agent) > 24 and all(len(set(agent[i:i + 8])) == 8 for i in range(0, len(agent) - 7, 8))  # whole epochs
 
 
 @pytest.mark.parametrize("number, tokens", [(1, 100), (70, 100), (130, 400), (64, 30)])
