@@ -241,6 +241,8 @@ def load_tools(path: Path) -> list[Tool]:
             made.append(_check_function({"returns": {"type": "object"}, **function, "run": run and _guarded(run)}, made))
             if strict:
                 _check_strict(function["parameters"])
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
     except Exception as error:  # a user's file may raise anything
         reason = error if isinstance(error, Rejected) else f"{type(error).__name__}: {error}".replace("\n", " ")
         raise InputError(f"{path}: {place}{reason}") from None

@@ -553,8 +553,9 @@ class EvalConfig:
         check_sampling(self)
         if self.temperature == 0 and self.samples > 1:
             raise InputError("samples: greedy answers are all the same; give a --temperature above 0")
-        if not self.data and (self.model or self.grounded):
-            raise InputError("data: --model and --grounded need question files")
+        for name in ("model", "grounded"):
+            if getattr(self, name) and not self.data:
+                raise InputError(f"{name}: it needs question files, --data FILE")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
 from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, check_sampling, evaluate_files, open_run, teach
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json
-from sft import SFTConfig, option
+from sft import SFTConfig, at_least, option, set_up
 
 TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5,
                    continued_steps=5),
@@ -63,8 +63,11 @@ class AskConfig:
     temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
     top_p: float = option(1.0, "only the fewest, likeliest tokens that hold this share are drawn")
     top_k: int = option(0, "and of these the likeliest so many; 0: all")
+    seed: int = option(0, "all random numbers of the trace")
+    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
+        at_least(self, threads=0)
         check_sampling(self)
 
 
@@ -74,6 +77,8 @@ def run(config: RunConfig) -> None:
     toy = TOY if config.toy else {"sft": {}, "grpo": {}}
     first, second = SFTConfig(**shared, **toy["sft"]), GRPOConfig(**shared, **toy["grpo"])
     out, seconds = Path(config.out), {}
+    if not config.resume and (out / "results.json").exists():
+        raise InputError(f"{out}: holds a finished run, which mtr.py show prints; for a new one remove it or name another --out")
     for part in () if config.resume else (out / "sft", out / "grpo", out / "sft_continued"):
         if (part / "checkpoints").exists() or (part / "model" / "config.json").exists():
             raise InputError(f"{part}: holds a run; --resume goes on with it; else remove it or name another --out")
@@ -89,7 +94,7 @@ def run(config: RunConfig) -> None:
     say("4/4  evaluation: every row answers the same held-out questions")
     with clock(seconds, "evaluation"):
         results, story = report(config, second, toy.get("questions"))
-    results["seconds"] = seconds | {"total": sum(seconds.values())}
+    results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (out / "story.txt").write_text(story + "\n", encoding="utf-8")
     draw_curves(out)
@@ -193,7 +198,8 @@ def show(config: RunConfig | ShowConfig) -> None:
           f"ToolActor: recall {results['actor_recall']:.3f}, fidelity {results['actor_fidelity']:.3f}   ToolMaker: {maker}\n"
           f"seconds: {results['seconds']}")
     say((Path(out) / "story.txt").read_text(encoding="utf-8"))
-    print(f"everything else is in {out}/: metrics.csv and traces.jsonl of each stage, curves.png, the models")
+    print(f"everything else is in {out}/: metrics.csv of each stage, grpo/traces.jsonl, curves.png, the models\n"
+          f'ask it: python mtr.py ask --out {out} "a question as above"')
 
 
 def draw_curves(out: Path) -> None:
@@ -237,6 +243,9 @@ def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[Tool
 def ask(question: str, config: AskConfig) -> None:
     """The three agents on one question, each part shown as it comes. With a checkpoint folder that one plays all three;
     with a file of tools the ToolMaker isn't asked."""
+    if not question.strip():
+        raise InputError("question: it is empty")
+    set_up(config)
     own = load_tools(config.tools) if config.tools else []
     if config.model:
         (maker, agent, actor), sealed = open_checkpoint(config.model, question, own), nullcontext()
@@ -250,7 +259,7 @@ def ask(question: str, config: AskConfig) -> None:
         say(f"ToolMaker: {box.kind}" + ("" if box.tries else "; what it wrote was rejected: the general tool"))
         print("\n".join(f"  {tool.definition}" for tool in own))
     say("AutoAgent and ToolActor:")
-    trace = Trace(question, own, (0, question))
+    trace = Trace(question, own, (config.seed, question))
     with sealed:
         agent.meet([trace])
         while trace.status == "open":  # agents.run_episodes, told as it happens
@@ -303,7 +312,7 @@ def main() -> None:
         command = commands.add_parser(name, help=meaning, description=meaning)
         sft.add_options(command, config)
         if name == "ask":
-            command.add_argument("question", help='for example "Who is the mayor of the birthplace of Doka?"')
+            command.add_argument("question", help='for example "Who is the mayor of the birthplace of Borox?"')
     options = vars(parser.parse_args())
     command = options.pop("command")
     if command and sys.argv[1] != command:

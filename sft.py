@@ -644,6 +644,7 @@ def train(config: SFTConfig) -> None:
         raise InputError(f"model: {config.model} lies where this run would be written; give another --out")
     source = Path(config.model) if config.model else None
     start = load_model(source, pick_device()) if source else None  # what is broken is refused before anything is written
+    print("reading the conversations" if config.traces else "making the world and its teacher's conversations", flush=True)
     records, valid, texts = prepare(config)
     run = Run(Path(config.out) / "sft", config, COLUMNS, source, (config.traces,) if config.traces else ())
     if run.finished:
