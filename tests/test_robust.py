@@ -351,6 +351,7 @@ WRONG_USES = [  # program, words, what is wrong in the run folder, what the one 
     ("grpo", [], broken("model/model.safetensors", cut=999), "model.safetensors"),
     ("grpo", [], broken("model/generation_config.json", '{"eos_token_id": "x"}'), "generation_config.json"),
     ("mtr", ["--sed", "1"], nothing, "--sed"), ("mtr", ["train"], nothing, "train"), ("mtr", ["ask"], nothing, "question"),
+    ("mtr", ["ask", " "], nothing, "question: it is empty"),
     ("mtr", ["show"], nothing, "results.json"), ("mtr", ["eval"], nothing, "grpo"),
     ("mtr", ["eval", "--backend", "live"], nothing, "live"), ("mtr", ["--threads", "-1"], nothing, "threads")]
 
