@@ -38,8 +38,8 @@ from data.score import exact_match, f1, interval, normalize
 from data.tools import Real
 from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
 from model import InputError, ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model, token_logprobs
-from sft import (Run, SFTConfig, at_least, command_line, half_precision, make_optimizer, micro_batches, option,
-                 optimizer_step, pad, pick_device, positive, read_config, run_main, set_up, to_records)
+from sft import (Run, SFTConfig, at_least, checkpoint_dtype, command_line, half_precision, make_optimizer, micro_batches,
+                 option, optimizer_step, pad, pick_device, positive, read_config, run_main, set_up, to_records)
 
 
 # What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
@@ -582,7 +582,7 @@ def open_run(out: str, room: int | None = None, rows: int = 64) -> tuple[Stage, 
         if not (folder / part / "model" / "config.json").exists():
             raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
     config = read_config(GRPOConfig, folder / "grpo" / "config.json")
-    dtype = torch.bfloat16 if config.data and pick_device() == "cuda" else torch.float32
+    dtype = checkpoint_dtype() if config.data else torch.float32
     stage = Stage(folder / "sft" / "model", config, rows, room or (config.trace_tokens if config.data else None), dtype)
     world = make_world(read_config(SFTConfig, folder / "sft" / "config.json").seed)
     return stage, load_model(folder / "grpo" / "model", stage.device, dtype), world
@@ -606,8 +606,7 @@ class Cast:
         if config.model:
             if c.trace_tokens > most:
                 raise InputError(f"trace_tokens: {c.trace_tokens}, but the checkpoint in {folders[0]} has room for {most}")
-            dtype = torch.bfloat16 if pick_device() == "cuda" else torch.float32
-            self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, dtype)
+            self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, checkpoint_dtype())
             self.model = self.stage.frozen
         self.stage.config = c
         digests = {folder: fingerprint(folder)[:8] for folder in set(folders)}

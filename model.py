@@ -162,7 +162,7 @@ class Attention(nn.Module):
         B, H, T, Dh = q.shape
         if not torch.is_autocast_enabled("cpu") or B * H * T * T > 2 ** 24:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        # In bfloat16 on a CPU the fused kernel takes three times as long as the formula, which only needs more memory.
+        # In bfloat16 on a CPU the fused kernel is much slower than the formula, which only needs more memory.
         future = torch.full((T, T), -math.inf).triu(1).repeat(H // self.kv_heads, 1)  # (H/K·T, T)
         scores = (q * Dh ** -0.5).reshape(B, self.kv_heads, -1, Dh) @ k.mT + future   # (B, K, H/K·T, T), the sum in float32
         return (scores.softmax(-1) @ v).view(B, H, T, Dh)

@@ -16,8 +16,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 import grpo
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, load_tools, run_calls
@@ -118,7 +116,7 @@ def report(config: RunConfig, second: GRPOConfig, most: int | None) -> tuple[dic
             ("grpo_real", "grpo", Real(world.real))]
     for name, model, backend in sft.tqdm(plan, desc="rows", unit="row"):
         with nullcontext() if isinstance(backend, Real) else world.sealed():
-            agent = stage.agent(models[model], 100, 0.0)
+            agent = stage.agent(models[model], 100, 0.0)  # so many side by side: half of the questions
             row, traces[name] = grpo.evaluate(stage, agent, held_out, backend, closed_book=name == "closed_book")
         rows.append({"row": name, **row})
     results = {"seed": config.seed, "actor_recall": actor_recall(stage, world),
@@ -228,8 +226,7 @@ TURNS, TURN_TOKENS = 8, 512  # of a checkpoint's AutoAgent; what it hears may be
 
 def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[ToolMaker, AutoAgent, ToolActor]:
     """A Qwen2.5 checkpoint in all three roles, with a KV cache that holds the longest trace."""
-    device = sft.pick_device()
-    model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_(False)
+    model = load_model(folder, sft.pick_device(), sft.checkpoint_dtype()).requires_grad_(False)
     tokenizer, room = Tokenizer(folder), model.config.max_position_embeddings
     prompt = len(tokenizer.encode(AutoAgent.prompt(question, tools)))
     if prompt >= room:

@@ -173,6 +173,11 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def checkpoint_dtype() -> torch.dtype:
+    """In what a real checkpoint is served: bfloat16 on a GPU, else float32."""
+    return torch.bfloat16 if pick_device() == "cuda" else torch.float32
+
+
 def set_up(config) -> None:
     """Threads and torch's own random state."""
     if abs(config.seed) >= 2 ** 63:
@@ -616,7 +621,8 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict, valid: dict, confi
         row = {"step": step, **{f"loss_{role}": loss for role, loss in zip(roles, losses)}, "lr": lr, "grad_norm": norm,
                "tokens": tokens, "dropped": int(math.isnan(norm)), "time_step": time.perf_counter() - start}
         if step % config.eval_every == 0 or step == steps - 1:
-            row |= {f"heldout_{role}": held_out_loss(model, traces, device, 2 * config.agent_tokens) for role, traces in valid.items() if traces}
+            room = 2 * config.agent_tokens  # a pass without a gradient keeps less
+            row |= {f"heldout_{role}": held_out_loss(model, traces, device, room) for role, traces in valid.items() if traces}
         if row["dropped"]:
             run.save_traces(step, [trace for part in parts for trace in part], "dropped.jsonl")
         run.log(row)
