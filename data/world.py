@@ -177,6 +177,19 @@ def imagined_questions(world: World, number: int, held_out: list[Question]) -> t
     return other, _training(_pools(other, paths, random.Random(f"imagined {world.seed} {number}")), held_out)
 
 
+def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[Question]:
+    """Questions without an answer, of two to four relations that need not fit ("the size of the spouse of the capital"); no
+    unseen path among them. From sensible ones alone ToolMaker learns which tools go together, not to read what is asked."""
+    _, unseen = _choose_paths(random.Random(f"questions {world.seed}"))
+    texts, made = {q.text for q in held_out}, []
+    while len(made) < n:
+        path = tuple(rng.sample(list(RELATIONS), rng.randint(2, 4)))
+        text = _text(rng.choice(world.names[RELATIONS[path[0]][0]]), path, path)
+        if not {path[:3], path[1:]} & set(unseen) and text not in texts:
+            made.append(Question("", text, [], "train", "composition", [(relation, "") for relation in path], ()))
+    return made
+
+
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
     """n of the questions, shuffled, as many of each form: compositions of 2, 3, 4 hops, inference, comparison."""
     forms: dict[tuple, list[Question]] = {}
@@ -243,11 +256,12 @@ def _walk(world: World, start: str, path: tuple[str, ...]) -> list[str] | None:
 
 def _question(world: World, start: str, path: tuple[str, ...], said: tuple[str, ...], kind: str) -> Question | None:
     chain = _walk(world, start, path)
-    if chain is None:
-        return None
+    return chain and Question("", _text(start, path, said), [chain[-1]], "", kind, list(zip(path, chain)), tuple(chain))
+
+
+def _text(start: str, path: tuple[str, ...], said: tuple[str, ...]) -> str:
     who = "Who" if RELATIONS[path[-1]][1] == "person" else "What"
-    words = " of the ".join(reversed(said))
-    return Question("", f"{who} is the {words} of {start}?", [chain[-1]], "", kind, list(zip(path, chain)), tuple(chain))
+    return f"{who} is the {' of the '.join(reversed(said))} of {start}?"
 
 
 def _compositions(world: World, paths: list[tuple[str, ...]]) -> list[Question]:
@@ -342,13 +356,12 @@ def tools_for(question: Question) -> list[dict]:
 
 def teach_maker(question: Question, rng: random.Random) -> dict:
     """One conversation of the ToolMaker; one in ten answers a request that names why a first try was rejected."""
-    rejected = rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
-    path = [relation for relation, _ in question.steps[:1 if question.kind == "comparison" else None]]
-    return {"role": "maker", "question": question.text, "thought": f"I need {', '.join(path)}.", "kind": question.kind,
-            "tools": tools_for(question), "rejected": rejected}
+    tools, rejected = tools_for(question), rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
+    return {"role": "maker", "question": question.text, "thought": f"I need {', '.join(tool['name'] for tool in tools)}.",
+            "kind": question.kind, "tools": tools, "rejected": rejected}
 
 
-REJECTIONS = ("unknown kind", "not JSON", "bad schema", "no think, kind and tools")
+REJECTIONS = ("tool name taken", "unknown kind", "not JSON", "bad schema", "no think, kind and tools")
 
 
 def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
@@ -378,7 +391,8 @@ def teach(seed: int, worlds: int = 20, each: int = 300) -> tuple[dict[str, list[
     for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
         questions = mixed(questions, each, rng)
         records["agent"] += [teach_agent(other, q, rng) for q in questions]
-        records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, len(questions) // 2)]
+        half = len(questions) // 2
+        records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, half) + nonsense(other, half, held_out, rng)]
     valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
              "maker": [teach_maker(q, rng) for q in held_out[::4]]}
     return records, valid

@@ -445,6 +445,21 @@ def test_what_the_maker_is_taught(taught):
     assert 0.08 < len(rejected) / len(records) < 0.12 and set(rejected) == set(REJECTIONS)
 
 
+def test_nonsense_asks_for_any_tools_but_those_of_an_unseen_path():
+    """The maker's every second lesson; each question's words name its tools, last one first, and no held-out question is among them."""
+    held_out = [q for q in make_questions(make_world(1)) if q.set in HELD_OUT]
+    unseen = {tuple(r for r, _ in q.steps) for q in held_out if q.set == "bamboogle"}
+    records = sft.teach(1, worlds=4)[0]["maker"]
+    paths = [tuple(tool["name"] for tool in r["tools"]) for r in records]
+    assert 6 <= len(unseen) and not [p for p in paths if {p[:3], p[1:]} & unseen]
+    assert not {q.text for q in held_out} & {r["question"] for r in records}
+    silly = [(p, r) for p, r in zip(paths, records) if any(RELATIONS[a][1] != RELATIONS[b][0] for a, b in zip(p, p[1:]))]
+    assert 0.4 < len(silly) / len(records) <= 0.5 and {len(p) for p, _ in silly} == {2, 3, 4}
+    for path, record in silly:
+        assert record["question"].split(" is the ")[1].split(" of ")[:-1] == ["the " * (i > 0) + r for i, r in enumerate(reversed(path))]
+        assert record["thought"] == f"I need {', '.join(path)}."
+
+
 @pytest.mark.parametrize("reason", REJECTIONS)
 def test_the_reasons_that_the_maker_is_taught_are_real_ones(reason):
     """Each is what the validation says of some reply, to the letter."""
@@ -453,6 +468,7 @@ def test_the_reasons_that_the_maker_is_taught_are_real_ones(reason):
     text = {"type": "object", "properties": {"x": {"type": "text"}}}
     replies = ["", "<think>t</think>\n<kind>x</kind>\n<tools>\n</tools>",
                "<think>t</think>\n<kind>inference</kind>\n<tools>\n</tools>",
+               f"<think>t</think>\n<kind>inference</kind>\n<tools>\n{json.dumps(tool)}\n{json.dumps(tool)}\n</tools>",
                *(f"<think>t</think>\n<kind>inference</kind>\n<tools>\n{line}\n</tools>" for line in
                  ("{", json.dumps({**tool, "parameters": bad}), json.dumps({**tool, "parameters": text})))]
     said = set()
