@@ -672,6 +672,7 @@ def train_on(config: SFTConfig) -> None:
     run = Run(Path(config.out) / "sft_continued", config, COLUMNS, folder)
     if run.finished:
         return
+    print("making the same conversations, for other batches", flush=True)
     model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
     data, valid = (encode(part, tokenizer) for part in teach(config.seed))
     fit(model, tokenizer, data, valid, replace(config, seed=config.seed + 1000), run)  # other batches

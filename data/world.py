@@ -18,7 +18,7 @@ RELATIONS = {
     "father": ("person", "person", "The father of a person."),
     "teacher": ("person", "person", "The person who taught a person."),
     "home": ("person", "city", "The city where a person lives."),
-    "floor": ("person", "number", "The floor that a person lives on."),
+    "score": ("person", "number", "The score of a person in a game."),
     "headquarters": ("company", "city", "The city where a company sits."),
     "founder": ("company", "person", "The person who founded a company."),
     "size": ("company", "number", "The size of a company on a scale."),
@@ -110,7 +110,7 @@ def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[s
         facts["home", person] = rng.choice(names["city"])
         facts["employer", person] = rng.choice(names["company"])
         facts["spouse", person] = people[i ^ 1]
-        facts["floor", person] = str(rng.randrange(1, 10))
+        facts["score", person] = str(rng.randrange(1, 10))
         if i >= 8:  # of the eldest nothing is known before themselves
             elders = people[(i // 8 - 1) * 8:i // 8 * 8]
             facts["father", person], facts["teacher", person] = rng.choice(elders), rng.choice(elders)
@@ -191,10 +191,12 @@ def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random)
 
 
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
-    """n of the questions, shuffled, as many of each form: compositions of 2, 3, 4 hops, inference, comparison."""
+    """n of the questions, shuffled, as many of each form: compositions of 2, 3, 4 hops, inference, comparisons of scores
+    and of sizes. With fewer comparisons, numbers are copied from the wrong place to the end."""
     forms: dict[tuple, list[Question]] = {}
     for q in questions:
-        forms.setdefault((q.kind, len(q.steps) if q.kind == "composition" else 0), []).append(q)
+        part = {"composition": len(q.steps), "comparison": q.steps[0][0]}.get(q.kind)
+        forms.setdefault((q.kind, part), []).append(q)
     each = [rng.sample(part, min(len(part), -(-n // len(forms)))) for part in forms.values()]
     return rng.sample(chosen := [q for part in each for q in part], min(n, len(chosen)))
 
@@ -277,10 +279,10 @@ def _inferences(world: World) -> list[Question]:
 
 
 def _comparisons(world: World, rng: random.Random) -> list[Question]:
-    """Who lives higher or lower, which company is larger or smaller; pairs in either order, values never equal."""
+    """Who has the largest or smallest score, which company the largest or smallest size; pairs in either order, values
+    never equal."""
     made = []
-    for kind, relation, head, orders in (("person", "floor", "Who lives", ("higher", "lower")),
-                                         ("company", "size", "Which company is", ("larger", "smaller"))):
+    for kind, relation, head in (("person", "score", "Who"), ("company", "size", "Which company")):
         names = world.names[kind]
         pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]]
         for a, b in rng.sample(pairs, min(len(pairs), 400)):
@@ -288,10 +290,9 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
             values = {name: world.facts[relation, name] for name in (a, b)}
             if values[a] == values[b]:
                 continue
-            pick = rng.choice((max, min))
-            order = orders[pick is min]
-            made.append(Question("", f"{head} {order}, {a} or {b}?", [pick(values, key=values.get)], "", "comparison",
-                                 [(relation, a), (relation, b)], tuple(sorted((a, b)))))
+            word, pick = rng.choice((("largest", max), ("smallest", min)))
+            made.append(Question("", f"{head} has the {word} {relation}, {a} or {b}?", [pick(values, key=values.get)], "",
+                                 "comparison", [(relation, a), (relation, b)], tuple(sorted((a, b)))))
     return made
 
 
@@ -342,7 +343,7 @@ def _compare(world: World, question: Question) -> list[dict]:
     x, y = world.facts[relation, a], world.facts[relation, b]
     pick = "smallest" if question.golds[0] == (a if x < y else b) else "largest"
     call = {"name": "compare", "arguments": {"names": [a, b], "values": [x, y], "pick": pick}}
-    return [_turn(world, f"I need the {relation} of {a}.", (relation, a)),
+    return [_turn(world, f"I need the {pick} of {a} and {b}. I need the {relation} of {a}.", (relation, a)),
             _turn(world, f"{_told(relation, a, x)}I need the {relation} of {b}.", (relation, b)),
             {"thought": f"{_told(relation, a, x)}{_told(relation, b, y)}I need the {pick}.", "calls": [call],
              "observations": [{"result": question.golds[0]}]},

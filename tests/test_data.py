@@ -135,11 +135,11 @@ def answer_of(text, facts):
             "home currency": ("birthplace", "country", "currency")}
     words = text.removesuffix("?").split(" ")
     if words[-2] == "or":
-        a, b, order = words[-3], words[-1], words[-4].removesuffix(",")
-        relation = {"Who lives": "floor", "Which company is": "size"}[" ".join(words[:-4])]
+        a, b, word, relation = words[-3], words[-1], words[-5], words[-4].removesuffix(",")
+        assert words[:-5] == {"score": ["Who", "has", "the"], "size": ["Which", "company", "has", "the"]}[relation]
         values = {name: facts[relation, name] for name in (a, b)}
-        assert values[a] != values[b] and order in (("higher", "lower") if relation == "floor" else ("larger", "smaller"))
-        return (max if order in ("higher", "larger") else min)(values, key=values.get), [(relation, a), (relation, b)]
+        assert values[a] != values[b]
+        return {"largest": max, "smallest": min}[word](values, key=values.get), [(relation, a), (relation, b)]
     assert words[:3] in (["Who", "is", "the"], ["What", "is", "the"])
     *chain, subject = " ".join(words[3:]).split(" of the ")
     last, subject = subject.split(" of ")
