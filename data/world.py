@@ -178,8 +178,8 @@ def imagined_questions(world: World, number: int, held_out: list[Question]) -> t
 
 
 def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[Question]:
-    """Questions without an answer, of two to four relations that need not fit ("the size of the spouse of the capital"); no
-    unseen path among them. From sensible ones alone ToolMaker learns which tools go together, not to read what is asked."""
+    """Questions of two to four relations that need not fit ("the size of the spouse of the capital"), with no facts and no
+    answers; no unseen path among them. From sensible ones alone ToolMaker learns which tools go together, not to read."""
     _, unseen = _choose_paths(random.Random(f"questions {world.seed}"))
     texts, made = {q.text for q in held_out}, []
     while len(made) < n:
@@ -191,12 +191,12 @@ def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random)
 
 
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
-    """n of the questions, shuffled, as many of each form: compositions of 2, 3, 4 hops, inference, comparisons of scores
-    and of sizes. With fewer comparisons, numbers are copied from the wrong place to the end."""
+    """At most n of the questions, shuffled, a sixth of each form or all there are: compositions of 2, 3 and 4 hops,
+    inferences, comparisons of scores and of sizes. Comparisons are hardest to learn, hence two of the six."""
     forms: dict[tuple, list[Question]] = {}
     for q in questions:
-        part = {"composition": len(q.steps), "comparison": q.steps[0][0]}.get(q.kind)
-        forms.setdefault((q.kind, part), []).append(q)
+        form = {"composition": len(q.steps), "comparison": q.steps[0][0]}.get(q.kind)
+        forms.setdefault((q.kind, form), []).append(q)
     each = [rng.sample(part, min(len(part), -(-n // len(forms)))) for part in forms.values()]
     return rng.sample(chosen := [q for part in each for q in part], min(n, len(chosen)))
 
@@ -341,7 +341,7 @@ def _look_up(world: World, question: Question, rng: random.Random) -> list[dict]
 def _compare(world: World, question: Question) -> list[dict]:
     (relation, a), (_, b) = question.steps
     x, y = world.facts[relation, a], world.facts[relation, b]
-    pick = "smallest" if question.golds[0] == (a if x < y else b) else "largest"
+    pick = "smallest" if " smallest " in question.text else "largest"
     call = {"name": "compare", "arguments": {"names": [a, b], "values": [x, y], "pick": pick}}
     return [_turn(world, f"I need the {pick} of {a} and {b}. I need the {relation} of {a}.", (relation, a)),
             _turn(world, f"{_told(relation, a, x)}I need the {relation} of {b}.", (relation, b)),
@@ -385,7 +385,7 @@ def teach(seed: int, worlds: int = 20, each: int = 300) -> tuple[dict[str, list[
     """The teacher's conversations by role: for training, and for the held-out loss.
 
     The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
-    read observations, not to know them. ToolActor has no held-out ones: what it was never told it can't know."""
+    read observations, not to know them. Every second question of ToolMaker's is nonsense. ToolActor has no held-out ones: what it was never told it can't know."""
     world, rng = make_world(seed), random.Random(f"teacher {seed}")
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}

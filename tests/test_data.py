@@ -17,7 +17,7 @@ from data.score import exact_match, f1, normalize
 from data.tools import Real
 from data.world import (HELD_OUT, INFERENCE, REJECTIONS, RELATIONS, SILLY, SIZES, imagine, imagined_questions,
                         make_questions,
-                        make_world, teach_actor, teach_agent, teach_maker, tool_for, tools_for, unknown)
+                        make_world, mixed, nonsense, teach_actor, teach_agent, teach_maker, tool_for, tools_for, unknown)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -446,18 +446,38 @@ def test_what_the_maker_is_taught(taught):
 
 
 def test_nonsense_asks_for_any_tools_but_those_of_an_unseen_path():
-    """The maker's every second lesson; each question's words name its tools, last one first, and no held-out question is among them."""
-    held_out = [q for q in make_questions(make_world(1)) if q.set in HELD_OUT]
+    """Each question's words name its tools, last one first; of 20,000, about 170 would hold an unseen path, a few be held out."""
+    world = make_world(1)
+    held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     unseen = {tuple(r for r, _ in q.steps) for q in held_out if q.set == "bamboogle"}
+    questions = nonsense(world, 20_000, held_out, random.Random(1))
+    paths = [tuple(r for r, _ in q.steps) for q in questions]
+    for triple in (slice(0, 3), slice(1, 4)):
+        assert not [path for path in paths if path[triple] in unseen]
+    assert not {q.text for q in held_out} & {q.text for q in questions}
+    assert len(questions) == 20_000 and {len(p) for p in paths} == {2, 3, 4} and {r for p in paths for r in p} == set(RELATIONS)
+    for path, question in zip(paths, questions):
+        named = question.text.split(" is the ")[1].split(" of ")[:-1]
+        assert len(set(path)) == len(path) and named == ["the " * (i > 0) + r for i, r in enumerate(reversed(path))]
+
+
+def test_half_of_the_makers_lessons_are_nonsense():
     records = sft.teach(1, worlds=4)[0]["maker"]
-    paths = [tuple(tool["name"] for tool in r["tools"]) for r in records]
-    assert 6 <= len(unseen) and not [p for p in paths if {p[:3], p[1:]} & unseen]
-    assert not {q.text for q in held_out} & {r["question"] for r in records}
-    silly = [(p, r) for p, r in zip(paths, records) if any(RELATIONS[a][1] != RELATIONS[b][0] for a, b in zip(p, p[1:]))]
-    assert 0.4 < len(silly) / len(records) <= 0.5 and {len(p) for p, _ in silly} == {2, 3, 4}
-    for path, record in silly:
-        assert record["question"].split(" is the ")[1].split(" of ")[:-1] == ["the " * (i > 0) + r for i, r in enumerate(reversed(path))]
-        assert record["thought"] == f"I need {', '.join(path)}."
+    paths = [[tool["name"] for tool in r["tools"]] for r in records]
+    silly = [p for p in paths if any(RELATIONS[a][1] != RELATIONS[b][0] for a, b in zip(p, p[1:]))]
+    assert 0.4 < len(silly) / len(records) <= 0.5
+    assert all(record["thought"] == f"I need {', '.join(path)}." for path, record in zip(paths, records))
+
+
+def test_mixed_takes_as_many_of_each_form():
+    """Six forms; of those with enough questions 50 among 300, all different."""
+    questions = [q for q in make_questions(make_world(1)) if q.set == "train"]
+    chosen = mixed(questions, 300, random.Random(0))
+    count = Counter((q.kind, len(q.steps) if q.kind == "composition" else q.steps[0][0] * (q.kind == "comparison")) for q in chosen)
+    sizes = sum(q.kind == "comparison" and q.steps[0][0] == "size" for q in questions)
+    assert count == {("composition", 2): 50, ("composition", 3): 50, ("composition", 4): 50, ("inference", ""): 50,
+                     ("comparison", "score"): 50, ("comparison", "size"): min(50, sizes)}
+    assert len({q.id for q in chosen}) == len(chosen)
 
 
 @pytest.mark.parametrize("reason", REJECTIONS)
