@@ -180,12 +180,12 @@ def imagined_questions(world: World, number: int, held_out: list[Question]) -> t
 def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[Question]:
     """Questions of two to four relations that need not fit ("the size of the spouse of the capital"), with no facts and no
     answers; no unseen path among them. From sensible ones alone ToolMaker learns which tools go together, not to read."""
-    _, unseen = _choose_paths(random.Random(f"questions {world.seed}"))
+    unseen = set(_choose_paths(random.Random(f"questions {world.seed}"))[1])
     texts, made = {q.text for q in held_out}, []
     while len(made) < n:
         path = tuple(rng.sample(list(RELATIONS), rng.randint(2, 4)))
         text = _text(rng.choice(world.names[RELATIONS[path[0]][0]]), path, path)
-        if not {path[:3], path[1:]} & set(unseen) and text not in texts:
+        if not {path[:3], path[1:]} & unseen and text not in texts:
             made.append(Question("", text, [], "train", "composition", [(relation, "") for relation in path], ()))
     return made
 

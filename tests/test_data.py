@@ -446,7 +446,7 @@ def test_what_the_maker_is_taught(taught):
 
 
 def test_nonsense_asks_for_any_tools_but_those_of_an_unseen_path():
-    """Each question's words name its tools, last one first; of 20,000, about 170 would hold an unseen path, a few be held out."""
+    """Each question's words name its tools, last one first; among so many some would hold an unseen path, or be held out."""
     world = make_world(1)
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     unseen = {tuple(r for r, _ in q.steps) for q in held_out if q.set == "bamboogle"}
