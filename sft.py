@@ -48,11 +48,11 @@ class SFTConfig:
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     traces: str = option("", "file that mtr.py traces wrote, in place of the fictional teacher's conversations")
-    steps: int = option(1800, "optimizer steps")
-    agent_tokens: int = option(1300, "tokens a step of AutoAgent's conversations, padding included")
-    maker_tokens: int = option(800, "of ToolMaker's")
-    actor_tokens: int = option(500, "of ToolActor's")
-    piece: int = option(24, "tokens of the pieces that the conversations are cut into at first")
+    steps: int = option(1400, "optimizer steps")
+    agent_tokens: int = option(1200, "tokens a step of AutoAgent's conversations, padding included")
+    maker_tokens: int = option(900, "of ToolMaker's")
+    actor_tokens: int = option(600, "of ToolActor's")
+    piece: int = option(24, "tokens of the pieces that the conversations are cut into at first; AutoAgent's are four times as long")
     piece_steps: int = option(150, "steps after which the pieces are four times as long, until nothing is cut")
     lr: float = option(1.5e-3, "peak learning rate, 1e-5 for a real checkpoint; linear warm-up, then a cosine down to 5 %")
     warmup: int = option(100, "steps of warm-up")
@@ -594,15 +594,15 @@ def lessons(data: dict, config: SFTConfig) -> Iterator[list[list[Trace]]]:
     """Each step's batches, one a role: of pieces at first, in the end of whole conversations, epoch after epoch. To go on
     from step n, skip the first n."""
     rng, length = random.Random(f"batches {config.seed}"), config.piece
-    longest = max(len(trace.ids) for part in data.values() for trace in part)
     while True:
-        streams = []
+        streams, whole = [], True
         for role in [role for role in ROLES if data[role]]:
             part, tokens = data[role], getattr(config, f"{role}_tokens")
-            if length < longest:
-                part = cut(rng.sample(part, len(part)), length, tokens * config.piece_steps)
+            room = 4 * length if role == "agent" else length  # what it copies stands further back
+            if room < max(len(trace.ids) for trace in part):
+                part, whole = cut(rng.sample(part, len(part)), room, tokens * config.piece_steps), False
             streams.append(batches(part, tokens, rng))
-        for _ in range(config.piece_steps) if length < longest else count():
+        for _ in count() if whole else range(config.piece_steps):
             yield [next(stream) for stream in streams]
         length *= 4
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.tools import compare
+
 # relation: (kind of its subject, kind of its value, what the tool says of itself). Numbers are given as text, as by
 # many a web API: the miniature then learns to copy a digit as it learns to copy a name, and much later otherwise.
 RELATIONS = {
@@ -37,6 +39,8 @@ INFERENCE = {
     "native language": ("birthplace", "country", "language"),
     "home currency": ("birthplace", "country", "currency"),
 }
+# What a comparison asks for, one word for each relation: with either word for both, some seeds never learned to read which.
+COMPARED = {"score": "largest", "size": "smallest"}
 HELD_OUT = ("hotpot", "musique", "2wiki", "bamboogle")  # each in the manner of the benchmark of that name
 SILLY = {("country", "capital"), ("capital", "country")}  # a step back to where the question came from
 
@@ -279,20 +283,19 @@ def _inferences(world: World) -> list[Question]:
 
 
 def _comparisons(world: World, rng: random.Random) -> list[Question]:
-    """Who has the largest or smallest score, which company the largest or smallest size; pairs in either order, values
-    never equal."""
+    """Of two people, whose score is largest; of two companies, whose size is smallest; pairs in either order, values never
+    equal."""
     made = []
-    for kind, relation, head in (("person", "score", "Who"), ("company", "size", "Which company")):
-        names = world.names[kind]
+    for relation, pick in COMPARED.items():
+        names = world.names[RELATIONS[relation][0]]
         pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]]
         for a, b in rng.sample(pairs, min(len(pairs), 400)):
             a, b = rng.sample((a, b), 2)
-            values = {name: world.facts[relation, name] for name in (a, b)}
-            if values[a] == values[b]:
-                continue
-            word, pick = rng.choice((("largest", max), ("smallest", min)))
-            made.append(Question("", f"{head} has the {word} {relation}, {a} or {b}?", [pick(values, key=values.get)], "",
-                                 "comparison", [(relation, a), (relation, b)], tuple(sorted((a, b)))))
+            x, y = world.facts[relation, a], world.facts[relation, b]
+            if x != y:
+                made.append(Question("", f"Of {a} and {b}, whose {relation} is {pick}?",
+                                     [compare([a, b], [x, y], pick)["result"]], "", "comparison",
+                                     [(relation, a), (relation, b)], tuple(sorted((a, b)))))
     return made
 
 
@@ -300,6 +303,7 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
 # The teacher's grammar is perfect, its strategy is not. It is impatient: in half of its chains of lookups it stops
 # one step short and answers with what it has. In one of twenty it makes a lookup twice, and in one of twenty
 # traces it guesses without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
+# A comparison's two lookups stand in one turn, and nothing is told again: what is copied then stands near, in a fixed place.
 STOPS_SHORT, REPEATS, GUESSES = 0.5, 0.05, 0.05
 ENOUGH, DONE = "That is close enough.", "That was the last step."
 
@@ -340,13 +344,10 @@ def _look_up(world: World, question: Question, rng: random.Random) -> list[dict]
 
 def _compare(world: World, question: Question) -> list[dict]:
     (relation, a), (_, b) = question.steps
-    x, y = world.facts[relation, a], world.facts[relation, b]
-    pick = "smallest" if " smallest " in question.text else "largest"
+    x, y, pick = world.facts[relation, a], world.facts[relation, b], COMPARED[relation]
     call = {"name": "compare", "arguments": {"names": [a, b], "values": [x, y], "pick": pick}}
-    return [_turn(world, f"I need the {pick} of {a} and {b}. I need the {relation} of {a}.", (relation, a)),
-            _turn(world, f"{_told(relation, a, x)}I need the {relation} of {b}.", (relation, b)),
-            {"thought": f"{_told(relation, a, x)}{_told(relation, b, y)}I need the {pick}.", "calls": [call],
-             "observations": [{"result": question.golds[0]}]},
+    return [_turn(world, f"I need the {relation} of {a} and {b}.", (relation, a), (relation, b)),
+            {"thought": f"I have both. I need the {pick}.", "calls": [call], "observations": [{"result": question.golds[0]}]},
             {"thought": f"The {pick} is {question.golds[0]}. {DONE}", "answer": question.golds[0]}]
 
 

@@ -134,9 +134,9 @@ def answer_of(text, facts):
             "native language": ("birthplace", "country", "language"),
             "home currency": ("birthplace", "country", "currency")}
     words = text.removesuffix("?").split(" ")
-    if words[-2] == "or":
-        a, b, word, relation = words[-3], words[-1], words[-5], words[-4].removesuffix(",")
-        assert words[:-5] == {"score": ["Who", "has", "the"], "size": ["Which", "company", "has", "the"]}[relation]
+    if words[0] == "Of":
+        a, b, relation, word = words[1], words[3].removesuffix(","), words[5], words[7]
+        assert words == ["Of", a, "and", f"{b},", "whose", relation, "is", {"score": "largest", "size": "smallest"}[relation]]
         values = {name: facts[relation, name] for name in (a, b)}
         assert values[a] != values[b]
         return {"largest": max, "smallest": min}[word](values, key=values.get), [(relation, a), (relation, b)]

@@ -198,7 +198,7 @@ def test_cut_leaves_its_input_alone():
 
 
 def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
-    """Pieces of 8 tokens, then 32, then nothing is cut: in the end all batches are of whole conversations."""
+    """Pieces of 8 tokens, AutoAgent's of 32, then 32, AutoAgent's whole, then nothing is cut."""
     ends = [1, 1, 0, 1, 1, 1]
     data = {role: [made_up(10 * n, [0] * (10 * n - 6) + ends, 1000 * n) for n in range(2, 10)]
             for role in sft.ROLES}
@@ -207,10 +207,12 @@ def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     monkeypatch.setattr(sft, "optimizer_step", lambda *_: 0.0)
     run = SimpleNamespace(log=lambda row: None, steps=lambda total, *_: range(total), state={"step": 0})
     sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3, steps=30, agent_tokens=100), run)
-    lengths = [max(len(t.ids) for part in parts for t in part) for parts in batches]
-    assert max(lengths[:3]) == 8 and 8 < max(lengths[3:6]) <= 32 and len(batches) == 30
+    longest = [[max(len(trace.ids) for parts in phase for trace in parts[role]) for role in range(3)]
+               for phase in (batches[:3], batches[3:6])]
+    assert longest[0] == [32, 8, 8] and longest[1][0] > 32 and longest[1][1:] == [32, 32] and len(batches) == 30
     whole = [trace.ids for trace in data["agent"]]
-    seen = [trace.ids for parts in batches[6:] for part in parts for trace in part]
+    seen = [trace.ids for parts in batches[3:] for trace in parts[0]] + [
+        trace.ids for parts in batches[6:] for part in parts for trace in part]
     assert all(ids in seen for ids in whole) and all(ids in whole for ids in seen)
     agent = [trace.ids[0] for parts in batches[6:] for trace in parts[0]]
     assert len(agent) > 24 and all(len(set(agent[i:i + 8])) == 8 for i in range(0, len(agent) - 7, 8))  # whole epochs
