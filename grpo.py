@@ -57,7 +57,7 @@ class GRPOConfig:
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     data: tuple = option((), "question files in place of the world's questions; every twentieth question is held out")
     skip_bad: bool = option(False, "leave broken records of these files out")
-    steps: int = option(36, "rollouts")
+    steps: int = option(26, "rollouts")
     questions: int = option(12, "questions a rollout")
     group: int = option(8, "G: traces a question")
     epochs: int = option(1, "passes over a rollout")
@@ -78,7 +78,7 @@ class GRPOConfig:
     turn_tokens: int = option(112, "new tokens a turn")
     trace_tokens: int = option(896, "tokens a trace, prompt included")
     micro_tokens: int = option(4096, "padded tokens a pass of the trainer; turn down if memory runs out")
-    eval_every: int = option(18, "steps between two looks at the held-out questions")
+    eval_every: int = option(13, "steps between two looks at the held-out questions")
     save_every: int = option(5, "steps between two checkpoints; one is also written at each held-out look")
     resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
 
