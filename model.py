@@ -21,6 +21,10 @@ from torch import Tensor, nn
 
 from data import InputError
 
+# The first cosine of a process must be a small one. Shared over threads it meets MKL while that is still setting itself up,
+# and now and then half of a table of angles is off by 1e-4: a seed would not give the same run twice.
+torch.ones(1).cos()
+
 # --------------------------------------------------------------------------------------------- config
 
 
