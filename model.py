@@ -320,7 +320,9 @@ class Window:
         self.positions = cache.length[:B, None] + torch.arange(width, device=device)  # (B, T)
         cache.longest = min(cache.longest + width, cache.k.shape[3])  # the longest row may not be the one that grows most
         keys = torch.arange(cache.longest, device=device)
-        self.mask = (keys <= self.positions[:, :, None])[:, None].repeat(1, 1, cache.groups, 1)  # (B, 1, H/K·T, S)
+        seen = (keys <= self.positions[:, :, None])[:, None].repeat(1, 1, cache.groups, 1)  # (B, 1, H/K·T, S)
+        # To be added to the scores; of a bool mask each layer would make such a one anew.
+        self.mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=device).masked_fill_(~seen, -math.inf)
         self.real = (torch.arange(width, device=device) < new[:, None]).nonzero(as_tuple=True) if width > 1 \
             else (torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device))
         self.place = self.positions[self.real]  # of the real tokens, in the cache

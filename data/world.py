@@ -181,17 +181,26 @@ def imagined_questions(world: World, number: int, held_out: list[Question]) -> t
     return other, _training(_pools(other, paths, random.Random(f"imagined {world.seed} {number}")), held_out)
 
 
-def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[Question]:
-    """Questions of two to four relations that need not fit ("the size of the spouse of the capital"), with no facts and no
-    answers; no unseen path among them. From sensible ones alone ToolMaker learns which tools go together, not to read."""
-    unseen = set(_choose_paths(random.Random(f"questions {world.seed}"))[1])
+def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[tuple[World, Question]]:
+    """Questions of two to four relations that need not fit ("the size of the spouse of the capital"), each with a world that
+    holds its made-up facts alone; no unseen path, no held-out chain among them. From sensible questions a role learns which
+    relation follows which, from these to read the question."""
+    unseen, chains = set(_choose_paths(random.Random(f"questions {world.seed}"))[1]), {q.chain for q in held_out}
     texts, made = {q.text for q in held_out}, []
     while len(made) < n:
         path = tuple(rng.sample(list(RELATIONS), rng.randint(2, 4)))
-        text = _text(rng.choice(world.names[RELATIONS[path[0]][0]]), path, path)
-        if not {path[:3], path[1:]} & unseen and text not in texts:
-            made.append(Question("", text, [], "train", "composition", [(relation, "") for relation in path], ()))
+        kinds = [RELATIONS[path[0]][0], *(RELATIONS[relation][1] for relation in path)]
+        chain = tuple(_any(world, kind, rng) for kind in kinds)
+        text, steps = _text(chain[0], path, path), list(zip(path, chain))
+        held = {path[:3], path[1:]} & unseen or chains & set(_parts(chain)) or text in texts
+        if not held and len(set(chain)) == len(chain):
+            made.append((World(world.seed, world.names, dict(zip(steps, chain[1:]))),
+                         Question("", text, [chain[-1]], "train", "composition", steps, chain)))
     return made
+
+
+def _any(world: World, kind: str, rng: random.Random) -> str:
+    return str(rng.randrange(1, 10)) if kind == "number" else rng.choice(world.names[kind])
 
 
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
@@ -303,7 +312,7 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
 # The teacher's grammar is perfect, its strategy is not. It is impatient: in half of its chains of lookups it stops
 # one step short and answers with what it has. In one of twenty it makes a lookup twice, and in one of twenty
 # traces it guesses without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
-# A comparison's two lookups stand in one turn, and nothing is told again: what is copied then stands near, in a fixed place.
+# A comparison's two lookups stand in one turn, and the next thought tells both values: what is copied then stands near.
 STOPS_SHORT, REPEATS, GUESSES = 0.5, 0.05, 0.05
 ENOUGH, DONE = "That is close enough.", "That was the last step."
 
@@ -312,9 +321,8 @@ def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
     """One conversation of AutoAgent as its teacher would lead it; flawed in strategy, never in grammar."""
     record = {"role": "agent", "question": question.text, "kind": question.kind, "tools": tools_for(question)}
     if rng.random() < GUESSES:
-        kind = next(k for k, names in [*world.names.items(), ("number", None)] if not names or question.golds[0] in names)
-        guess = rng.choice(world.names[kind]) if kind != "number" else str(rng.randrange(1, 10))
-        return {**record, "turns": [{"thought": "I guess.", "answer": guess}]}
+        kind = next((k for k, names in world.names.items() if question.golds[0] in names), "number")
+        return {**record, "turns": [{"thought": "I guess.", "answer": _any(world, kind, rng)}]}
     turns = _compare(world, question) if question.kind == "comparison" else _look_up(world, question, rng)
     return {**record, "turns": turns}
 
@@ -345,9 +353,9 @@ def _look_up(world: World, question: Question, rng: random.Random) -> list[dict]
 def _compare(world: World, question: Question) -> list[dict]:
     (relation, a), (_, b) = question.steps
     x, y, pick = world.facts[relation, a], world.facts[relation, b], COMPARED[relation]
-    call = {"name": "compare", "arguments": {"names": [a, b], "values": [x, y], "pick": pick}}
+    call = {"name": "compare", "arguments": {"values": [x, y], "names": [a, b], "pick": pick}}
     return [_turn(world, f"I need the {relation} of {a} and {b}.", (relation, a), (relation, b)),
-            {"thought": f"I have both. I need the {pick}.", "calls": [call], "observations": [{"result": question.golds[0]}]},
+            {"thought": f"I have {x} and {y}. I need the {pick}.", "calls": [call], "observations": [{"result": question.golds[0]}]},
             {"thought": f"The {pick} is {question.golds[0]}. {DONE}", "answer": question.golds[0]}]
 
 
@@ -386,15 +394,15 @@ def teach(seed: int, worlds: int = 20, each: int = 300) -> tuple[dict[str, list[
     """The teacher's conversations by role: for training, and for the held-out loss.
 
     The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
-    read observations, not to know them. Every second question of ToolMaker's is nonsense. ToolActor has no held-out ones: what it was never told it can't know."""
+    read observations, not to know them. Every second question of ToolMaker's is nonsense, every sixth of AutoAgent's.
+    ToolActor has no held-out ones: what it was never told it can't know."""
     world, rng = make_world(seed), random.Random(f"teacher {seed}")
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
     for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
-        questions = mixed(questions, each, rng)
-        records["agent"] += [teach_agent(other, q, rng) for q in questions]
-        half = len(questions) // 2
-        records["maker"] += [teach_maker(q, rng) for q in rng.sample(questions, half) + nonsense(other, half, held_out, rng)]
+        sensible, silly = mixed(questions, each - each // 6, rng), nonsense(other, each // 2, held_out, rng)
+        records["agent"] += [teach_agent(*pair, rng) for pair in [*((other, q) for q in sensible), *silly[:each // 6]]]
+        records["maker"] += [teach_maker(q, rng) for q in [*sensible[:each // 2], *(q for _, q in silly)]]
     valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
              "maker": [teach_maker(q, rng) for q in held_out[::4]]}
     return records, valid
