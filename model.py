@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from data import InputError
 
-# The first cosine of a process must be a small one. Shared over threads it meets MKL while that is still setting itself up,
-# and now and then half of a table of angles is off by 1e-4: a seed would not give the same run twice.
-torch.ones(1).cos()
+# The one thing that is done at import. The MKL in torch picks a function's code at its first call; if several threads make that
+# call at once, one thread's part may be off by 1e-4 (pytorch/pytorch#188792), and a seed gives another run. Of one element a
+# single thread makes it.
+for first_call in (torch.cos, torch.sin, torch.exp):
+    first_call(torch.ones(1))
 
 # --------------------------------------------------------------------------------------------- config
 
@@ -320,9 +322,10 @@ class Window:
         self.positions = cache.length[:B, None] + torch.arange(width, device=device)  # (B, T)
         cache.longest = min(cache.longest + width, cache.k.shape[3])  # the longest row may not be the one that grows most
         keys = torch.arange(cache.longest, device=device)
-        seen = (keys <= self.positions[:, :, None])[:, None].repeat(1, 1, cache.groups, 1)  # (B, 1, H/K·T, S)
-        # To be added to the scores; of a bool mask each layer would make such a one anew.
-        self.mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=device).masked_fill_(~seen, -math.inf)
+        future = keys > self.positions[:, None, :, None]                              # (B, 1, T, S)
+        # Added to the scores; from a bool mask attention would make this same tensor again in every layer.
+        self.mask = torch.zeros(future.shape, dtype=cache.k.dtype, device=device).masked_fill_(future, -math.inf)
+        self.mask = self.mask.repeat(1, 1, cache.groups, 1)                           # (B, 1, H/K·T, S)
         self.real = (torch.arange(width, device=device) < new[:, None]).nonzero(as_tuple=True) if width > 1 \
             else (torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device))
         self.place = self.positions[self.real]  # of the real tokens, in the cache

@@ -116,7 +116,7 @@ def report(config: RunConfig, second: GRPOConfig, most: int | None) -> tuple[dic
             ("grpo_real", "grpo", Real(world.real))]
     for name, model, backend in sft.tqdm(plan, desc="rows", unit="row"):
         with nullcontext() if isinstance(backend, Real) else world.sealed():
-            agent = stage.agent(models[model], len(held_out), 0.0)  # all side by side
+            agent = stage.agent(models[model], len(held_out), 0.0)
             row, traces[name] = grpo.evaluate(stage, agent, held_out, backend, closed_book=name == "closed_book")
         rows.append({"row": name, **row})
     results = {"seed": config.seed, "actor_recall": actor_recall(stage, world),

@@ -106,6 +106,11 @@ def imagine(world: World, number: int) -> World:
     return World(world.seed, world.names, _draw_facts(world.names, random.Random(f"imagined {world.seed} {number}")))
 
 
+def _draw(names: dict[str, list[str]], kind: str, rng: random.Random) -> str:
+    """Anything of a kind."""
+    return str(rng.randrange(1, 10)) if kind == "number" else rng.choice(names[kind])
+
+
 def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[str, str], str]:
     facts: dict[tuple[str, str], str] = {}
     people = rng.sample(names["person"], SIZES["person"])
@@ -114,14 +119,14 @@ def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[s
         facts["home", person] = rng.choice(names["city"])
         facts["employer", person] = rng.choice(names["company"])
         facts["spouse", person] = people[i ^ 1]
-        facts["score", person] = str(rng.randrange(1, 10))
+        facts["score", person] = _draw(names, "number", rng)
         if i >= 8:  # of the eldest nothing is known before themselves
             elders = people[(i // 8 - 1) * 8:i // 8 * 8]
             facts["father", person], facts["teacher", person] = rng.choice(elders), rng.choice(elders)
     for company in names["company"]:
         facts["headquarters", company] = rng.choice(names["city"])
         facts["founder", company] = rng.choice(people)
-        facts["size", company] = str(rng.randrange(1, 10))
+        facts["size", company] = _draw(names, "number", rng)
     for i, city in enumerate(rng.sample(names["city"], SIZES["city"])):
         country = names["country"][i % SIZES["country"]]
         facts["country", city] = country
@@ -190,17 +195,13 @@ def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random)
     while len(made) < n:
         path = tuple(rng.sample(list(RELATIONS), rng.randint(2, 4)))
         kinds = [RELATIONS[path[0]][0], *(RELATIONS[relation][1] for relation in path)]
-        chain = tuple(_any(world, kind, rng) for kind in kinds)
+        chain = tuple(_draw(world.names, kind, rng) for kind in kinds)
         text, steps = _text(chain[0], path, path), list(zip(path, chain))
-        held = {path[:3], path[1:]} & unseen or chains & set(_parts(chain)) or text in texts
-        if not held and len(set(chain)) == len(chain):
+        leaks = {path[:3], path[1:]} & unseen or chains & set(_parts(chain)) or text in texts
+        if not leaks and len(set(chain)) == len(chain):
             made.append((World(world.seed, world.names, dict(zip(steps, chain[1:]))),
                          Question("", text, [chain[-1]], "train", "composition", steps, chain)))
     return made
-
-
-def _any(world: World, kind: str, rng: random.Random) -> str:
-    return str(rng.randrange(1, 10)) if kind == "number" else rng.choice(world.names[kind])
 
 
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
@@ -313,6 +314,7 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
 # one step short and answers with what it has. In one of twenty it makes a lookup twice, and in one of twenty
 # traces it guesses without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
 # A comparison's two lookups stand in one turn, and the next thought tells both values: what is copied then stands near.
+# For the same reason the call gives the values before the names.
 STOPS_SHORT, REPEATS, GUESSES = 0.5, 0.05, 0.05
 ENOUGH, DONE = "That is close enough.", "That was the last step."
 
@@ -322,7 +324,7 @@ def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
     record = {"role": "agent", "question": question.text, "kind": question.kind, "tools": tools_for(question)}
     if rng.random() < GUESSES:
         kind = next((k for k, names in world.names.items() if question.golds[0] in names), "number")
-        return {**record, "turns": [{"thought": "I guess.", "answer": _any(world, kind, rng)}]}
+        return {**record, "turns": [{"thought": "I guess.", "answer": _draw(world.names, kind, rng)}]}
     turns = _compare(world, question) if question.kind == "comparison" else _look_up(world, question, rng)
     return {**record, "turns": turns}
 
@@ -391,7 +393,7 @@ def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
 
 
 def teach(seed: int, worlds: int = 20, each: int = 300) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """The teacher's conversations by role: for training, and for the held-out loss.
+    """The teacher's conversations by role: for training, and for the held-out loss; `each` a world for AutoAgent and for ToolMaker.
 
     The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
     read observations, not to know them. Every second question of ToolMaker's is nonsense, every sixth of AutoAgent's.
@@ -400,9 +402,10 @@ def teach(seed: int, worlds: int = 20, each: int = 300) -> tuple[dict[str, list[
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
     for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
-        sensible, silly = mixed(questions, each - each // 6, rng), nonsense(other, each // 2, held_out, rng)
-        records["agent"] += [teach_agent(*pair, rng) for pair in [*((other, q) for q in sensible), *silly[:each // 6]]]
-        records["maker"] += [teach_maker(q, rng) for q in [*sensible[:each // 2], *(q for _, q in silly)]]
+        sensible, odd = mixed(questions, each - each // 6, rng), nonsense(other, each // 2, held_out, rng)
+        lessons = [(other, q) for q in sensible] + odd[:each // 6]
+        records["agent"] += [teach_agent(where, q, rng) for where, q in lessons]
+        records["maker"] += [teach_maker(q, rng) for q in sensible[:each // 2] + [q for _, q in odd]]
     valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
              "maker": [teach_maker(q, rng) for q in held_out[::4]]}
     return records, valid

@@ -13,10 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Blocks of `file:`, `old:`, `new:`, `test:` lines, separated by blank lines."""
-    blocks = [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
-    return [dict(line.split(": ", 1) if ": " in line else (line.rstrip(":"), "") for line in block.strip().splitlines())
-            for block in blocks]
+    """Blocks of a `file:`, an `old:`, a `new:` and a `test:` line, separated by blank lines."""
+    blocks = [[line.split(": ", 1) if ": " in line else (line.rstrip(":"), "") for line in block.strip().splitlines()]
+              for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
+    for block in blocks:
+        if [name for name, _ in block] != ["file", "old", "new", "test"]:
+            sys.exit(f"{path}: no break of file, old, new and test: {block}")
+    return [dict(block) for block in blocks]
 
 
 def passes(copy: Path, test: str) -> bool:

@@ -136,12 +136,15 @@ def test_angles_are_right_far_out(head_dim):
     assert got.dtype == torch.float32 and np.abs(got.double().numpy() - want).max() < 4e-3
 
 
-def test_the_first_angles_of_a_process_are_right():
-    """Without model.py's small cosine about every fourth process fails here (see there), so eight are asked."""
-    program = "import model, torch; x = torch.arange(3072) * 0.01; print(float((x.cos() - x.double().cos()).abs().max()))"
-    for _ in range(8):
-        done = subprocess.run([sys.executable, "-c", program], cwd=Path(model_file.__file__).parent, capture_output=True, text=True)
-        assert float(done.stdout) < 1e-6, done.stderr
+@pytest.mark.parametrize("function", ["cos", "sin", "exp"])
+def test_the_first_angles_of_a_process_are_right(function):
+    """Without model.py's first calls (see there) about every fourth process is wrong, so eight are asked: one time in ten the
+    error would still pass."""
+    program = ("import model, torch; torch.set_num_threads(2); x = torch.arange(3072) * 0.001; "
+               f"print(float((x.{function}() - x.double().{function}()).abs().max()))")
+    started = [subprocess.Popen([sys.executable, "-c", program], cwd=Path(model_file.__file__).parent, stdout=subprocess.PIPE,
+                                text=True) for _ in range(8)]
+    assert max(float(process.communicate()[0]) for process in started) < 5e-6
 
 
 def test_angles_are_right_inside_a_bfloat16_model(tiny, monkeypatch):
@@ -251,7 +254,7 @@ def test_reading_in_parts_is_reading_at_once(tiny, lengths, filler):
         assert distance(states, model(torch.tensor([row]))[0]) < 1e-12
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_three_turns_in_every_split(tiny, dtype, tolerance):
     """Each turn hears 1 to 3 ids in one pass and says 0 to 2, a pass each: all 729 ways in one ragged batch. They
     read the same ids, so each has to see the beginning of what one whole pass sees."""
