@@ -79,7 +79,7 @@ def test_logits_past_position_30000_behind_a_cache(pair):
     ours(near, window)
     cache.length[:] = cache.longest = FAR
     window = Window(cache, torch.tensor([64]), 64)
-    window.mask[..., 256:FAR] = False
+    window.mask[..., 256:FAR] = -torch.inf
     logits = ours.head(ours(far, window))
     memory = DynamicCache()
     theirs(near, past_key_values=memory)
