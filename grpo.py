@@ -57,7 +57,7 @@ class GRPOConfig:
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     data: tuple = option((), "question files in place of the world's questions; every twentieth question is held out")
     skip_bad: bool = option(False, "leave broken records of these files out")
-    steps: int = option(26, "rollouts")
+    steps: int = option(20, "rollouts")
     questions: int = option(12, "questions a rollout")
     group: int = option(8, "G: traces a question")
     epochs: int = option(1, "passes over a rollout")

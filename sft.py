@@ -58,7 +58,7 @@ class SFTConfig:
     warmup: int = option(100, "steps of warm-up")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices")
     clip_norm: float = option(1.0, "largest norm of the gradient")
-    continued_steps: int = option(720, "steps of mtr.py's control, which goes on with SFT about as long as GRPO takes")
+    continued_steps: int = option(560, "steps of mtr.py's control, which goes on with SFT about as long as GRPO takes")
     eval_every: int = option(300, "steps between two looks at the held-out loss")
     save_every: int = option(150, "steps between two checkpoints")
     resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
