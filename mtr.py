@@ -26,8 +26,8 @@ from grpo import EvalConfig, GRPOConfig, Stage, TracesConfig, check_sampling, ev
 from model import InputError, Sampler, Tokenizer, Transformer, load_model, read_json
 from sft import SFTConfig, at_least, option, set_up
 
-TOY = {"sft": dict(steps=30, width=64, layers=2, heads=2, mlp=128, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5,
-                   continued_steps=5),
+TOY = {"sft": dict(worlds=2, steps=30, agent_tokens=600, maker_tokens=400, actor_tokens=400, piece_steps=5, warmup=5,
+                   continued_steps=5, width=64, layers=2, heads=2, mlp=128),
        "grpo": dict(steps=2, questions=2, group=2, turn_tokens=48, max_turns=3, eval_every=2),
        "questions": 8}
 

@@ -48,6 +48,7 @@ class SFTConfig:
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     traces: str = option("", "file that mtr.py traces wrote, in place of the fictional teacher's conversations")
+    worlds: int = option(20, "imagined worlds that the fictional teacher's conversations play in, 300 in each")
     steps: int = option(1300, "optimizer steps")
     agent_tokens: int = option(1200, "tokens a step of AutoAgent's conversations, padding included")
     maker_tokens: int = option(900, "of ToolMaker's")
@@ -70,7 +71,7 @@ class SFTConfig:
     vocab: int = option(1280, "most ids of its tokenizer")
 
     def __post_init__(self):
-        positive(self, "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece_steps", "lr", "clip_norm",
+        positive(self, "worlds", "steps", "agent_tokens", "maker_tokens", "actor_tokens", "piece_steps", "lr", "clip_norm",
                  "eval_every", "save_every", "width", "layers", "heads", "kv_heads", "mlp")
         at_least(self, threads=0, weight_decay=0, warmup=0, piece=2, continued_steps=1, vocab=300)
         if self.width % self.heads or self.heads % self.kv_heads or self.width // self.heads % 2:
@@ -631,7 +632,7 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict, valid: dict, confi
 
 def prepare(config: SFTConfig) -> tuple[dict[str, list[dict]], dict[str, list[dict]], list[str]]:
     """Conversations for training and for the held-out loss, and the texts that a tokenizer is learned from."""
-    records, valid = read_traces(config.traces) if config.traces else teach(config.seed)
+    records, valid = read_traces(config.traces) if config.traces else teach(config.seed, config.worlds)
     texts = ["".join(part) for role in ROLES for record in records[role][:1500] for prompt, turns in [pieces(record)]
              for part in (prompt, *(p for turn in turns for p in turn))]
     texts += [name for names in make_world(config.seed).names.values() for name in names] * 20  # each one token
@@ -674,7 +675,7 @@ def train_on(config: SFTConfig) -> None:
         return
     print("making the same conversations, for other batches", flush=True)
     model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
-    data, valid = (encode(part, tokenizer) for part in teach(config.seed))
+    data, valid = (encode(part, tokenizer) for part in teach(config.seed, config.worlds))
     fit(model, tokenizer, data, valid, replace(config, seed=config.seed + 1000), run)  # other batches
     run.save(model, tokenizer)
 

@@ -21,7 +21,7 @@ from model import InputError, fingerprint, load_model
 from sft import Run, SFTConfig
 
 DEEP = "MTR_DEEP" in os.environ
-STEPS = {"sft": 700 if DEEP else 40, "grpo": 300 if DEEP else 20}
+STEPS = {"sft": 700 if DEEP else 40, "grpo": 300 if DEEP else 12}
 FLAGS = {"sft": "--width 64 --layers 2 --heads 2 --mlp 128 --vocab 500 --agent-tokens 600 --maker-tokens 400 --actor-tokens 400 "
                 "--piece-steps 20 --warmup 5 --save-every 6 --eval-every 25",
          "grpo": "--loss grpo --questions 3 --group 3 --turn-tokens 24 --max-turns 3 --save-every 4 --eval-every 7"}

@@ -67,7 +67,7 @@ def main() -> None:
     sft.Run.steps = (lambda real: lambda *args: follow(real, *args))(sft.Run.steps)
     watch(sft.Run, "_save_checkpoint", "saving")
     if STAGE == "sft":
-        sft.teach = lambda seed: json.loads((OUT / "lesson.json").read_text(encoding="utf-8"))
+        sft.teach = lambda *_: json.loads((OUT / "lesson.json").read_text(encoding="utf-8"))
         watch(sft, "train_step", "update")
     else:
         agents.parse_turn, grpo.reward = always_call, reward
