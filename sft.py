@@ -48,7 +48,7 @@ class SFTConfig:
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     traces: str = option("", "file that mtr.py traces wrote, in place of the fictional teacher's conversations")
-    worlds: int = option(20, "imagined worlds that the fictional teacher's conversations play in, 300 in each")
+    worlds: int = option(20, "imagined worlds with 300 of the fictional teacher's conversations each for AutoAgent and for ToolMaker")
     steps: int = option(1300, "optimizer steps")
     agent_tokens: int = option(1200, "tokens a step of AutoAgent's conversations, padding included")
     maker_tokens: int = option(900, "of ToolMaker's")

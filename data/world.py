@@ -414,7 +414,7 @@ def teach(seed: int, worlds: int, each: int = 300) -> tuple[dict[str, list[dict]
 def write_sample(folder: Path, each: int = 60) -> None:
     """A few lines of all this as JSONL, to look at without running anything:
     python -c "from data.world import *; write_sample(Path('data/sample'))" """
-    records, _ = teach(0, 20)
+    records, _ = teach(0, worlds=20)
     questions = make_questions(make_world(0))
     chosen = {"questions": [vars(q) for s in ("train", *HELD_OUT) for q in [q for q in questions if q.set == s][:each // 2]],
               **{role: part[::max(1, len(part) // each)][:each] for role, part in records.items()}}

@@ -149,7 +149,7 @@ class Calls(TorchDispatchMode):
 
 
 def test_import_calls_each_vector_function_on_one_element():
-    """model.py says why. The error itself shows in one process of ten or so, too seldom to ask for, so the calls are counted."""
+    """model.py says why. The error itself shows in some processes only, too few to ask for, so the calls are counted."""
     spec = importlib.util.spec_from_file_location("model_again", model_file.__file__)
     with Calls() as calls:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

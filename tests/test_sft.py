@@ -163,6 +163,24 @@ def test_teach_gives_conversations_of_all_roles():
     assert sft.teach(0, worlds=1)[0] == records
 
 
+@pytest.mark.parametrize("stage", [sft.train, sft.train_on])
+def test_as_many_worlds_are_imagined_as_asked(stage, tmp_path, monkeypatch):
+    """300 conversations in each for AutoAgent and for ToolMaker, in stage 1 and in its control."""
+    class Made(Exception):
+        pass
+
+    def teach(*asked):
+        raise Made([len(real(*asked)[0][role]) for role in ("agent", "maker")])
+    real = sft.teach
+    monkeypatch.setattr(sft, "teach", teach)
+    for name in ("load_model", "Tokenizer", "Run"):
+        monkeypatch.setattr(sft, name, lambda *_: SimpleNamespace(finished=False))
+    for worlds in (1, 2):
+        with pytest.raises(Made) as made:
+            stage(SFTConfig(out=str(tmp_path), worlds=worlds))
+        assert made.value.args[0] == [pytest.approx(300 * worlds, rel=0.02), 300 * worlds]
+
+
 # ------------------------------------------------------------------------------------- pieces, batches
 
 
@@ -429,7 +447,7 @@ def test_every_option_has_a_meaning_and_a_value_of_its_type(config):
 WRONG = [(SFTConfig, name, value) for name, values in {
     "steps": (0, -1), "lr": (0.0, -1e-3, math.nan), "clip_norm": (0.0,), "eval_every": (0,), "width": (0,),
     "layers": (0,), "heads": (0, 5), "kv_heads": (0,), "mlp": (0,), "piece": (0, 1), "piece_steps": (0,),
-    "agent_tokens": (0,), "maker_tokens": (0,), "actor_tokens": (0,), "vocab": (0, 100), "threads": (-1,),
+    "worlds": (0,), "agent_tokens": (0,), "maker_tokens": (0,), "actor_tokens": (0,), "vocab": (0, 100), "threads": (-1,),
     "weight_decay": (-1.0,)}.items() for value in values]
 WRONG += [(GRPOConfig, name, value) for name, values in {
     "steps": (0, -1), "questions": (0,), "group": (1, 0, -3), "epochs": (0,), "minibatches": (0,),
