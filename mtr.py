@@ -89,6 +89,8 @@ def run(config: RunConfig) -> None:
     say("3/4  the control: SFT goes on for about as long as GRPO took")
     with clock(seconds, "sft_continued"):
         sft.train_on(first)
+    if (out / "results.json").exists():  # a finished run was resumed: its evaluation and its seconds stand
+        return show(config)
     say("4/4  evaluation: every row answers the same held-out questions")
     with clock(seconds, "evaluation"):
         results, story = report(config, second, toy.get("questions"))
@@ -184,6 +186,8 @@ def say(line: str) -> None:
 def show(config: RunConfig | ShowConfig) -> None:
     """Print a run's table and story."""
     out = config.out
+    if not (Path(out) / "results.json").exists():
+        raise InputError(f"--out: no finished run in {out} (results.json is missing); python mtr.py makes one")
     results = read_json(Path(out) / "results.json")
     columns = ("em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "support", "calls")
     say(f"{'row':<14}" + "".join(f"{name:>12}" for name in columns) + "".join(f"{s:>11}" for s in HELD_OUT))
