@@ -95,9 +95,9 @@ def run(config: RunConfig) -> None:
     with clock(seconds, "evaluation"):
         results, story = report(config, second, toy.get("questions"))
     results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (out / "story.txt").write_text(story + "\n", encoding="utf-8")
     draw_curves(out)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")  # last: the run is finished
     show(config)
 
 

@@ -96,12 +96,12 @@ def test_resume_repeats_no_finished_stage(run):
     """Nothing at all if it has its results; without them the evaluation, which comes to the same."""
     out, results = run[0], json.loads((run[0] / "results.json").read_text())
     files = {path: path.stat().st_mtime_ns for stage in ("sft", "sft_continued", "grpo") for path in (out / stage).rglob("*")}
-    again = ("mtr.py", "--toy", "--resume", "--out", out, "--threads", 1)
-    done = program(*again)
+    words = ("mtr.py", "--toy", "--resume", "--out", out, "--threads", 1)
+    done = program(*words)
     assert done.returncode == 0 and json.loads((out / "results.json").read_text()) == results, done.stderr[-2000:]
     assert done.stdout[done.stdout.index("\nrow"):] == run[1][run[1].index("\nrow"):]
     (out / "results.json").unlink()
-    done = program(*again)
+    done = program(*words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert files == {path: path.stat().st_mtime_ns for path in files}
     again = json.loads((out / "results.json").read_text())
