@@ -476,7 +476,7 @@ class AutoAgent:
         """Tools and question as pieces, up to where the agent speaks."""
         return [*system_turn(AGENT_SYSTEM, [tool.schema for tool in tools]), *turn("user", question), *GENERATE]
 
-    def meet(self, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
+    def start(self, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
         """Open the traces; each run of `group` of them has question and tools in common, read once."""
         encode = self.sampler.tokenizer.encode
         for i in range(0, len(traces), group):
@@ -520,7 +520,7 @@ class AutoAgent:
 
 def run_episodes(agent: AutoAgent, backend, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
     """The loop of the method (figure 1b): think and act, observe, until every trace has answered or run out."""
-    agent.meet(traces, group, closed_book)
+    agent.start(traces, group, closed_book)
     while live := [trace for trace in traces if trace.status == "open"]:
         agent.act(live)
         live = [trace for trace in live if trace.status == "open"]

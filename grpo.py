@@ -21,9 +21,7 @@ import json
 import random
 import re
 import time
-import zlib
-from collections import Counter, defaultdict
-from contextlib import nullcontext
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,15 +30,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import UTILITIES, AutoAgent, Call, Tool, ToolActor, Toolbox, ToolMaker, Trace, load_tools, run_episodes
-from data.read import Item, read_questions, write_predictions, write_questions
-from data.score import exact_match, f1, interval, normalize
-from data.tools import Real
-from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
-from model import InputError, ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model, token_logprobs
-from sft import (Run, SFTConfig, at_least, checkpoint_dtype, command_line, half_precision, make_optimizer, micro_batches,
-                 option, optimizer_step, pad, pick_device, positive, read_config, run_main, set_up, to_records)
-
+from agents import UTILITIES, AutoAgent, Call, Tool, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
+from data import InputError
+from data.read import read_questions
+from data.score import exact_match, f1, normalize
+from data.world import HELD_OUT, Question, make_questions, make_world, mixed
+from model import Sampler, Tokenizer, Transformer, load_model, token_logprobs
+from run import Run, at_least, command_line, half_precision, option, pick_device, positive, read_config, run_main, set_up
+from sft import SFTConfig, make_optimizer, micro_batches, optimizer_step, pad
 
 # What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
 LOSSES = {"grpo": {"scale_std": True, "clip_low": 0.2, "clip_high": 0.2, "mask_overlong": False},
@@ -266,7 +263,7 @@ def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advanta
 # ------------------------------------------------------------------------------------------ rollouts
 
 
-class Stage:
+class Simulator:
     """What a rollout needs besides the policy: the frozen model that makes and plays the tools, the questions."""
 
     def __init__(self, folder: Path, config, rows: int = 64, room: int | None = None, dtype: torch.dtype = torch.float32):
@@ -311,7 +308,7 @@ class Stage:
                 for q in questions for sample in range(group)]
 
 
-def evaluate(stage: Stage, agent: AutoAgent, questions: list[Question], backend=None, closed_book: bool = False
+def score_heldout(stage: Simulator, agent: AutoAgent, questions: list[Question], backend=None, closed_book: bool = False
              ) -> tuple[dict, list[Trace]]:
     """One row of the results: held-out questions answered greedily, then at temperature 1. All but em_greedy is of
     the sampled traces, which are returned too. The agent's own temperature is put back."""
@@ -347,7 +344,7 @@ def means(seen: list[dict]) -> dict[str, float | None]:
 # -------------------------------------------------------------------------------------------- update
 
 
-def score(model: Transformer, traces: list[Trace], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+def trace_logprobs(model: Transformer, traces: list[Trace], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies (B, T) and loss mask (B, T) of a micro-batch under the model."""
     ids, mask = pad(traces, str(model.device))
     with half_precision(str(model.device)):
@@ -360,7 +357,7 @@ def score_all(model: Transformer, traces: list[Trace], rows: list[int], width: i
     with torch.no_grad():
         for part in micro_batches([traces[i] for i in rows], config.micro_tokens):
             part = [rows[i] for i in part]
-            logprobs, _, _ = score(model, [traces[i] for i in part], config)
+            logprobs, _, _ = trace_logprobs(model, [traces[i] for i in part], config)
             out[part, :logprobs.shape[1]] = logprobs.float().cpu()
     return out
 
@@ -384,7 +381,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
             rows = [(n, int(i)) for n, i in enumerate(rows) if i in learn]
             for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens):
                 lines, part = map(list, zip(*(rows[j] for j in part)))
-                logprobs, entropy, mask = score(model, [traces[i] for i in part], config)
+                logprobs, entropy, mask = trace_logprobs(model, [traces[i] for i in part], config)
                 T, device = logprobs.shape[1], logprobs.device
                 before = logprobs.detach() if old is None else old[part, :T].to(device)
                 loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
@@ -421,7 +418,7 @@ COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finished", 
            "loss"]
 
 
-def roll_out(stage: Stage, agent: AutoAgent, questions: list[Question], config: GRPOConfig, step: int
+def roll_out(stage: Simulator, agent: AutoAgent, questions: list[Question], config: GRPOConfig, step: int
              ) -> tuple[list[Trace], list[dict], Tensor]:
     """One group of traces a question, their rewards with all parts, their advantages (B,)."""
     traces = stage.traces(questions, config.group, step)
@@ -464,7 +461,7 @@ def train(config: GRPOConfig) -> None:
         pool = mixed([q for q in questions if q.set == "train"], config.steps * config.questions, rng)
         held_out = [q for q in questions if q.set in HELD_OUT][::4]
     with world.sealed():
-        stage = Stage(before / "model", config, room=config.trace_tokens if config.data else None)
+        stage = Simulator(before / "model", config, room=config.trace_tokens if config.data else None)
         run = Run(Path(config.out) / "grpo", config, COLUMNS, before / "model", config.data)
         if run.finished:
             return
@@ -477,7 +474,7 @@ def train(config: GRPOConfig) -> None:
         run.save(model, stage.tokenizer)
 
 
-def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out: list[Question], run: Run) -> None:
+def loop(stage: Simulator, model: Transformer, plan: list[list[Question]], held_out: list[Question], run: Run) -> None:
     """The loop of stage 2: roll out, reward, advantage, update, log."""
     config = stage.config
     agent = stage.agent(model, config.questions * config.group, config.temperature)
@@ -502,7 +499,7 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         elif not row["updates"]:
             bar.write(f"step {step}: no group has a better and a worse trace to learn from; no optimizer step")
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            result, seen = evaluate(stage, agent, held_out)
+            result, seen = score_heldout(stage, agent, held_out)
             row |= {"heldout_greedy": result["em_greedy"], "heldout_sampled": result["em_sampled"]}
             run.save_traces(step, seen)
         run.log({name: row.get(name, "") for name in COLUMNS})
@@ -511,235 +508,6 @@ def loop(stage: Stage, model: Transformer, plan: list[list[Question]], held_out:
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
 
 
-# ------------------------------------------------------------ question files: evaluation and stage 0
-
-
-LIMITS = {"max_turns": 8, "turn_tokens": 1024, "trace_tokens": 4096}  # of a checkpoint that no run says more of
-
-
-def check_sampling(config) -> None:
-    """InputError for a temperature, top_p or top_k that can't be drawn with."""
-    at_least(config, temperature=0, top_k=0)
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"top_p: expected a share above 0 and at most 1, found {config.top_p}")
-
-
-@dataclass
-class EvalConfig:
-    """What mtr.py eval can be told."""
-    out: str = option("run", "run folder: its models play, its held-out questions are asked; writes OUT/eval")
-    model: str = option("", "checkpoint folder that plays all three roles in their place")
-    data: tuple = option((), "question files, their formats told from the content; without them the run's held-out questions")
-    skip_bad: bool = option(False, "count broken records and leave them out")
-    backend: str = option("simulated", "who answers the calls: the ToolActor; or the world, or with --real-tools these alone",
-                          choices=("simulated", "real"))
-    real_tools: str = option("", "Python file, which is executed, or JSON: see TOOLS in docs/real_tools.py; offered to each question")
-    grounded: bool = option(False, "the ToolActor is told the question's paragraphs")
-    tools: bool = option(True, "without them: the baseline, a direct answer")
-    samples: int = option(1, "answers a question")
-    temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
-    top_p: float = option(1.0, "only the fewest, likeliest tokens that hold this share are drawn")
-    top_k: int = option(0, "and of these the likeliest so many; 0: all")
-    seed: int = option(0, "all random numbers of the traces")
-    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    rows: int = option(64, "traces side by side; turn down if memory runs out")
-    max_turns: int | None = option(None, "turns until a trace is cut off", unset="the run's; with --model 8")
-    turn_tokens: int | None = option(None, "new tokens a turn", unset="the run's; with --model 1024")
-    trace_tokens: int | None = option(None, "tokens a trace, prompt included", unset="the run's; with --model 4096")
-
-    def __post_init__(self):
-        positive(self, "samples", "rows", *(name for name in LIMITS if getattr(self, name) is not None))
-        at_least(self, threads=0)
-        check_sampling(self)
-        if self.temperature == 0 and self.samples > 1:
-            raise InputError("samples: greedy answers are all the same; give a --temperature above 0")
-        for name in ("model", "grounded"):
-            if getattr(self, name) and not self.data:
-                raise InputError(f"{name}: it needs question files, --data FILE")
-
-
-@dataclass
-class TracesConfig(EvalConfig):
-    """What mtr.py traces can be told."""
-    out: str = option("traces.jsonl", "file for the traces; what stands in it isn't sampled again")
-    model: str = option("", "the teacher: a checkpoint folder that plays all three roles")
-    data: tuple = option((), "question files, their formats told from the content")
-    samples: int = option(4, "traces a question")
-    temperature: float = option(1.0, "of AutoAgent")
-
-    def __post_init__(self):
-        if not (self.model and self.data):
-            raise InputError("traces: --model TEACHER and --data FILE are needed")
-        if not self.tools:
-            raise InputError("tools: a trace to learn from needs them")
-        super().__post_init__()
-
-
-def open_run(out: str, room: int | None = None, rows: int = 64) -> tuple[Stage, Transformer, World]:
-    """What a finished run left: frozen tools, trained agent, world; of a run on question files, on a GPU, in bfloat16."""
-    folder = Path(out)
-    for part in ("sft", "grpo"):
-        if not (folder / part / "model" / "config.json").exists():
-            raise InputError(f"--out: no finished run in {out} ({part}/model is missing); python mtr.py makes one")
-    config = read_config(GRPOConfig, folder / "grpo" / "config.json")
-    dtype = checkpoint_dtype() if config.data else torch.float32
-    stage = Stage(folder / "sft" / "model", config, rows, room or (config.trace_tokens if config.data else None), dtype)
-    world = make_world(read_config(SFTConfig, folder / "sft" / "config.json").seed)
-    return stage, load_model(folder / "grpo" / "model", stage.device, dtype), world
-
-
-class Cast:
-    """Who plays when question files are asked: a run's agent before its frozen simulator, or one checkpoint in all roles."""
-
-    def __init__(self, config: EvalConfig):
-        set_up(config)
-        self.config, self.real, self.world = config, load_tools(config.real_tools) if config.real_tools else [], None
-        folders = [Path(config.model)] * 2 if config.model else [Path(config.out) / part / "model" for part in ("grpo", "sft")]
-        if config.model:
-            most = ModelConfig.read(folders[0]).max_position_embeddings
-            limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], most)}
-        else:
-            room = config.trace_tokens or LIMITS["trace_tokens"] if config.grounded else None
-            self.stage, self.model, self.world = open_run(config.out, room, config.rows)
-            limits = {name: getattr(self.stage.config, name) for name in LIMITS}
-        c = replace(config, **{name: getattr(config, name) or limit for name, limit in limits.items()})
-        if config.model:
-            if c.trace_tokens > most:
-                raise InputError(f"trace_tokens: {c.trace_tokens}, but the checkpoint in {folders[0]} has room for {most}")
-            self.stage = Stage(folders[0], c, c.rows, c.trace_tokens, checkpoint_dtype())
-            self.model = self.stage.frozen
-        self.stage.config = c
-        digests = {folder: fingerprint(folder)[:8] for folder in set(folders)}
-        self.name, simulator = (f"{'/'.join(folder.resolve().parts[-2:])} {digests[folder]}" for folder in folders)
-        self.alone = config.backend == "real" and bool(self.real)  # no tool is made, none is played
-        if config.backend == "real" and not (self.real or self.world):
-            raise InputError("backend: there is no world to answer for --model; give --real-tools FILE")
-        played = "real: the world" if config.backend == "real" else f"simulated: {simulator}" + " grounded" * config.grounded
-        own = f"real: {config.real_tools} {fingerprint(config.real_tools)[:8]}" if self.real else ""
-        self.backend = " + ".join(filter(None, ["" if self.alone else played, own])) if config.tools else "none"
-        self.settings = [self.name, self.backend, c.seed, c.temperature, c.top_p, c.top_k, c.max_turns, c.turn_tokens, c.trace_tokens]
-
-    def tools(self, item: Item) -> list[Tool]:
-        """The ToolMaker's for this question, with the user's; where both have a name, the user's."""
-        own = {tool.name: tool for tool in self.real}
-        made = [] if self.alone else [own.pop(tool.name, tool) for tool in self.boxes[item.id].tools]
-        if self.config.grounded:
-            made = [tool if tool.run else replace(tool, source=item.paragraphs) for tool in made]
-        return made + list(own.values()) if self.config.tools else []
-
-    def play(self, items: list[Item], path: Path, by: str, describe) -> list[dict]:
-        """Answer what the file hasn't answered yet, a batch at a time, each added to the file when it is done -> the
-        file's lines, by question and sample: what describe(trace, item, toolbox) makes of a trace, and its seconds."""
-        config, done = self.config, read_lines(path, by)
-        todo = [(q, sample) for q in items for sample in range(config.samples) if (q.id, sample) not in done]
-        agent = self.stage.agent(self.model, min(config.rows, len(todo)), config.temperature) if todo else None
-        if agent:
-            agent.sampler.top_p, agent.sampler.top_k = config.top_p, config.top_k
-        backend, self.boxes = Real(self.world.real) if self.world and config.backend == "real" else self.stage.actor, {}
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            for i in tqdm(range(0, len(todo), config.rows), desc=items[0].set, unit="batch"):
-                start, part = time.perf_counter(), todo[i:i + config.rows]
-                new = list({q.id: q for q, _ in part if q.id not in self.boxes}.values())
-                self.boxes |= zip([q.id for q in new], self.stage.maker.make([q.text for q in new], (config.seed,))
-                                  if config.tools and not self.alone else [Toolbox("composition", [], 0)] * len(new))
-                traces = [Trace(q.text, self.tools(q), (config.seed, "play", q.id, sample)) for q, sample in part]
-                run_episodes(agent, backend, traces, closed_book=not config.tools)
-                seconds = (time.perf_counter() - start) / len(part)
-                lines = [{"by": by, "id": q.id, "sample": sample, "seconds": seconds, **describe(trace, q, self.boxes[q.id])}
-                         for (q, sample), trace in zip(part, traces)]
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                file.flush()
-                done |= {(line["id"], line["sample"]): line for line in lines}
-        return [done[q.id, sample] for q in items for sample in range(config.samples)]
-
-
-def read_lines(path: Path, by: str) -> dict[tuple[str, int], dict]:
-    """The lines that an earlier run left, by question and sample; one that was cut off in writing is taken out."""
-    done: dict[tuple[str, int], dict] = {}
-    if not path.exists():
-        return done
-    text = path.read_bytes()
-    whole = text[:text.rfind(b"\n") + 1]
-    for number, row in enumerate(whole.splitlines(), 1):
-        try:
-            line = json.loads(row)
-            done[line["id"], line["sample"]] = line
-            stranger = line["by"] != by
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: line {number} is none that this command wrote; name another file") from None
-        if stranger:
-            raise InputError(f"{path}: holds what another model, other questions or other settings gave; name another file")
-    if whole != text:
-        path.write_bytes(whole)
-    return done
-
-
-def digest(*values: object) -> str:
-    """Eight digits for who played, with which settings, on what."""
-    return f"{zlib.crc32(repr(values).encode()):08x}"
-
-
-def evaluate_files(config: EvalConfig) -> list[dict]:
-    """A row for each question file, or for each held-out set of a run. Beside OUT/eval/NAME.json, the row: NAME.jsonl
-    with every trace, from which a stopped evaluation goes on, and for official formats the prediction file."""
-    files, read = config.data, [read_questions(file, config.skip_bad) for file in config.data]
-    cast, folder, rows = Cast(config), Path(config.out) / "eval", []
-    if not files:
-        files = write_questions([q for q in make_questions(cast.world) if q.set in HELD_OUT], Path(config.out) / "heldout")
-        read = [read_questions(file) for file in files]
-    folder.mkdir(parents=True, exist_ok=True)
-    with cast.world.sealed() if cast.world and config.backend != "real" else nullcontext():
-        for file, (items, bad) in zip(files, read):
-            name = f"{items[0].set}-{digest(cast.settings, fingerprint(file))}"
-            lines = cast.play(items, folder / f"{name}.jsonl", name, describe_answer)
-            rows.append({"set": items[0].set, "rule": items[0].rule, **result_row(lines, config.samples), "bad": len(bad),
-                         "model": cast.name, "backend": cast.backend, "temperature": config.temperature})
-            (folder / f"{name}.json").write_text(json.dumps(rows[-1], indent=2) + "\n", encoding="utf-8")
-            if items[0].rule not in ("common", "bamboogle"):
-                write_predictions(items, [line["prediction"] for line in lines[::config.samples]], folder / f"{name}.predictions")
-    return rows
-
-
-def describe_answer(trace: Trace, item: Item, box: Toolbox) -> dict:
-    """What evaluation writes down of a trace."""
-    said = trace.answer if trace.status == "answered" else ""
-    return {"prediction": said, **measure(trace, item.golds, item.rule), "status": trace.status, "story": trace.story()}
-
-
-def result_row(lines: list[dict], samples: int) -> dict:
-    """n, EM and F1 with their intervals over the questions, the other columns, seconds."""
-    row = {"n": len(lines) // samples, "samples": samples}
-    for name in ("em", "f1"):
-        by_question = np.array([line[name] for line in lines]).reshape(-1, samples).mean(1)
-        low, high = interval(by_question)
-        row |= {name: float(by_question.mean()), f"{name}_low": low, f"{name}_high": high}
-    return row | means(lines) | {"seconds": sum(line["seconds"] for line in lines)}
-
-
-def why_not(trace: Trace, item: Item) -> str:
-    """Why a trace of stage 0 isn't kept; "" if it is."""
-    if trace.status != "answered":
-        return f"{trace.status}: {trace.turns[-1].error or 'too many turns or tokens'}" if trace.turns else "no room for the question"
-    if refused := [call.error for call in trace.calls if call.error]:
-        return f"refused call: {refused[0]}"[:40]
-    if not normalize(trace.answer) or not exact_match(trace.answer, item.golds):
-        return "wrong answer"
-    first = trace.turns[0].thought
-    return "answer in the first thought" * any(holds(first, g) and not holds(item.text, g) for g in item.golds)
-
-
-def describe_teaching(trace: Trace, item: Item, box: Toolbox) -> dict:
-    """What stage 0 writes down of a trace."""
-    why = why_not(trace, item)
-    return {"why": why, "conversations": [] if why else to_records(trace, box), "story": trace.story()}
-
-
-def teach(config: TracesConfig) -> Counter:
-    """Stage 0: a teacher's traces over question files, to config.out -> how many were kept (""), and why others not."""
-    read, cast, path = [read_questions(file, config.skip_bad) for file in config.data], Cast(config), Path(config.out)
-    items = [replace(item, id=f"{n} {item.id}") for n, (items, _) in enumerate(read) for item in items]
-    by = digest(cast.settings, fingerprint(*config.data))
-    return Counter(line["why"] for line in cast.play(items, path, by, describe_teaching))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import InputError
+from data import InputError, read_file, read_json
 
 # The one thing that is done at import. The MKL in torch picks a function's code at its first call; if several threads make that
 # call at once, one thread's part may be off by 1e-4 (pytorch/pytorch#188792), and a seed gives another run. Of one element a
@@ -71,32 +71,10 @@ class ModelConfig:
         return config
 
 
-def read_file(path: Path) -> bytes:
-    """What a file holds; InputError names one that is missing or can't be read."""
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror})") from None
-
-
-def read_json(path: Path, kind: type = dict) -> dict | list:
-    """A JSON object, or a list, from a file; InputError names the file that is missing or broken."""
-    content = read_file(path)
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, kind):
-        raise InputError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, found {type(data).__name__}")
-    return data
-
-
 # --------------------------------------------------------------------------------------- transformer
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """At least float32: where a sum over many small terms would lose in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -117,7 +95,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = wide(x)
+        x32 = upcast(x)
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
@@ -240,7 +218,7 @@ class Transformer(nn.Module):
     def head(self, states: Tensor) -> Tensor:
         """states (…, D) -> logits (…, known ids), at least float32."""
         weight = self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return wide(F.linear(states, weight[:self.known_ids]))
+        return upcast(F.linear(states, weight[:self.known_ids]))
 
     def init_weights(self, seed: int) -> "Transformer":
         """Random weights for a small model trained from nothing; the same for the same seed."""

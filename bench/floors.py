@@ -19,13 +19,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from rollout import SHAPES, make_model  # noqa: E402
+
 import grpo  # noqa: E402
 import mtr  # noqa: E402
+import run as run_file  # noqa: E402
 import sft  # noqa: E402
 from agents import AutoAgent, ToolActor, ToolMaker  # noqa: E402
 from model import Sampler, Tokenizer, Transformer  # noqa: E402
-from rollout import SHAPES, make_model  # noqa: E402
-from sft import pick_device  # noqa: E402
+from run import pick_device  # noqa: E402
 
 
 def best_of(work, device: str, times: int = 7) -> float:
@@ -150,14 +152,14 @@ def profile_run(config: mtr.RunConfig) -> None:
     clock = Clock(*machine(device, [torch.float32, torch.bfloat16]))
     clock.weigh()
     for owner, name, label in (
-            (sft, "train", "SFT"), (grpo, "train", "GRPO"), (sft, "train_on", "SFT continued"), (mtr, "report", "evaluation"),
-            (ToolMaker, "make", "ToolMaker"), (ToolActor, "answer", "ToolActor"), (AutoAgent, "meet", "AutoAgent"),
+            (sft, "train", "SFT"), (grpo, "train", "GRPO"), (sft, "train_on", "SFT continued"), (mtr, "all_rows", "evaluation"),
+            (ToolMaker, "make", "ToolMaker"), (ToolActor, "answer", "ToolActor"), (AutoAgent, "start", "AutoAgent"),
             (AutoAgent, "act", "AutoAgent"), (AutoAgent, "observe", "AutoAgent"), (Sampler, "open", "open"),
             (Sampler, "_read", "read"), (Sampler, "sample", "decode"), (Tokenizer, "encode", "encode"),
             (Transformer, "forward", "forward"), (Transformer, "head", "head"), (sft, "teach", "teacher"), (torch.Tensor, "backward", "backward"),
             (torch.optim.AdamW, "step", "optimizer"), (torch.nn.utils, "clip_grad_norm_", "optimizer")):
         clock.watch(owner, name, label)
-    mtr.run(config)
+    mtr.run_all(config)
     clock.table()
 
 
@@ -190,15 +192,15 @@ def profile_step(shape: str, rows: list[int], prompt: int, tokens: int) -> None:
                             "share_of_bandwidth": round(floors[1] / seconds[part], 3)})
             print(f"{shape}, {B} rows, {part}: {1e3 * seconds[part]:.2f} ms; floor {1e3 * floors[0]:.2f} ms by FLOPs, "
                   f"{1e3 * floors[1]:.2f} by bytes", flush=True)
-        del sampler  # before the next one is made
+        sampler = None  # free the cache before the next one is made
     print(json.dumps(results))
 
 
 def main() -> None:
     """python bench/floors.py run | step"""
-    parser = sft.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=sft.Parser)
-    sft.add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
+    parser = run_file.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=run_file.Parser)
+    run_file.add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
     step = commands.add_parser("step", help="the rollout engine alone")
     step.add_argument("--shape", choices=SHAPES, default="miniature")
     step.add_argument("--rows", type=int, nargs="+", default=[64], help="conversations at once (default: 64)")
@@ -214,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sft.run_main(main)
+    run_file.run_main(main)

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import ModelConfig, Sampler, Transformer  # noqa: E402
-from sft import pick_device  # noqa: E402
+from run import pick_device  # noqa: E402
 
 SHAPES = {  # the config.json of Qwen2.5, and the miniature's
     "tiny": ModelConfig(300, 32, 64, 2, 4, 2, 2048, 1e-6, 1e6, True),

@@ -21,7 +21,7 @@ from model import ModelConfig, Transformer, save_model, train_tokenizer  # noqa:
 def tokenizer(tmp_path_factory):
     """A tokenizer of a few hundred ids, learned from some conversations of each role."""
     records, _ = sft.teach(0, worlds=1)
-    spoken = [sft.pieces(record) for role in sft.ROLES for record in records[role][:60]]
+    spoken = [sft.split_conversation(record) for role in sft.ROLES for record in records[role][:60]]
     parts = [part for prompt, turns in spoken for part in (prompt, *(p for turn in turns for p in turn))]
     folder = tmp_path_factory.mktemp("tokenizer")
     return train_tokenizer(["".join(part) for part in parts], 420, folder, agents.CHAT_TEMPLATE)

@@ -13,11 +13,29 @@ import pytest
 import torch
 
 import agents
-from agents import (AutoAgent, Call, Rejected, Tool, ToolActor, Toolbox, ToolMaker, Trace, Turn, check_tools,
-                    parse_call, parse_tools, parse_turn, result_text, run_calls, run_episodes, system_turn,
-                    turn)
+from agents import (
+    AutoAgent,
+    Call,
+    Rejected,
+    Tool,
+    ToolActor,
+    Toolbox,
+    ToolMaker,
+    Trace,
+    Turn,
+    check_tools,
+    parse_call,
+    parse_tools,
+    parse_turn,
+    result_text,
+    run_calls,
+    run_episodes,
+    system_turn,
+    turn,
+)
+from data import InputError
 from data.tools import Blanked, Real, Shuffled
-from model import InputError, Sampler, token_logprobs
+from model import Sampler, token_logprobs
 from sft import pad
 
 START, END = "<|im_start|>", "<|im_end|>"

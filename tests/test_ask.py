@@ -11,8 +11,9 @@ from test_agents import act, say, scripted
 from test_model import BROKEN
 
 import agents
+import evaluate
 import mtr
-import sft
+import run as run_file
 from model import Tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def ask(monkeypatch, capsys, tmp_path):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["mtr.py", "ask", *map(str, words)])
         try:
-            sft.run_main(mtr.main)
+            run_file.run_main(mtr.main)
         except SystemExit as stop:
             return stop.code, *capsys.readouterr()
         return 0, *capsys.readouterr()
@@ -55,7 +56,7 @@ def test_random_weights_say_garbage_and_nothing_breaks(tiny, folder, tmp_path, a
     save_model(tiny(tokenizer.size + 7, dtype=torch.float32), tokenizer, tmp_path / "checkpoint")
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     write(tmp_path / "checkpoint" / "config.json", config | {"max_position_embeddings": 32768})
-    monkeypatch.setattr(mtr, "TURN_TOKENS", 24)
+    monkeypatch.setattr(evaluate, "TURN_TOKENS", 24)
     tools = ["--tools", write(tmp_path / "tools.json", [WEATHER])] if own else []
     code, out, err = ask("--model", tmp_path / "checkpoint", "Is it raining in Doka?", *tools)
     assert (code, err) == (0, "") and "malformed" in out and "it said" in out
@@ -75,7 +76,7 @@ def played(monkeypatch, tokenizer, folder, capsys):
         def script(context):
             seen.append((context, capsys.readouterr().out))
             return actor if "You play a tool" in context else maker if "Write the tools" in context else next(turns)
-        monkeypatch.setattr(mtr, "Sampler", lambda *_: scripted(tokenizer, script))
+        monkeypatch.setattr(evaluate, "Sampler", lambda *_: scripted(tokenizer, script))
         return seen
     return play
 
@@ -111,7 +112,7 @@ def test_tools_of_ones_own_take_the_toolmakers_place(folder, tmp_path, ask, play
 def test_it_ends_when_the_turns_run_out(folder, tmp_path, ask, played):
     seen = played([act(("weather", {"city": "Doka"}))] * 9)
     code, last, _ = ask("--model", folder, "Is it raining?", "--tools", write(tmp_path / "tools.json", [WEATHER]))
-    assert code == 0 and last.endswith("  truncated\n") and sum("play a tool" not in c for c, _ in seen) == mtr.TURNS
+    assert code == 0 and last.endswith("  truncated\n") and sum("play a tool" not in c for c, _ in seen) == evaluate.TURNS
 
 
 # ------------------------------------------------------------------------------------------- mistakes

@@ -15,9 +15,26 @@ import agents
 import sft
 from data.score import exact_match, f1, normalize
 from data.tools import Real
-from data.world import (HELD_OUT, INFERENCE, REJECTIONS, RELATIONS, SILLY, SIZES, imagine, imagined_questions,
-                        make_questions,
-                        make_world, mixed, nonsense, teach_actor, teach_agent, teach_maker, tool_for, tools_for, unknown)
+from data.world import (
+    HELD_OUT,
+    INFERENCE,
+    REJECTIONS,
+    RELATIONS,
+    SILLY,
+    SIZES,
+    imagine,
+    imagined_questions,
+    make_questions,
+    make_world,
+    mixed,
+    nonsense,
+    teach_actor,
+    teach_agent,
+    teach_maker,
+    tool_for,
+    tools_for,
+    unknown,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -330,7 +347,7 @@ def taught():
 
 def turns_of(record):
     """The teacher's turns, written as they are learned and read as they are in a rollout."""
-    spoken = ["".join(said) for said, _ in sft.pieces(record)[1]]
+    spoken = ["".join(said) for said, _ in sft.split_conversation(record)[1]]
     return [agents.parse_turn(text) for text in spoken]
 
 
@@ -436,7 +453,7 @@ def test_what_the_maker_is_taught(taught):
     rng = random.Random(0)
     records = [(q, teach_maker(q, rng)) for q, _ in taught[1]]
     for question, record in records[::10]:
-        (said, heard), = sft.pieces(record)[1]
+        (said, heard), = sft.split_conversation(record)[1]
         kind, tools = agents.parse_tools("".join(said))
         assert heard == [] and kind == question.kind
         assert [json.loads(tool.definition) for tool in tools] == tools_for(question)

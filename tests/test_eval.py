@@ -9,13 +9,15 @@ import pytest
 from test_agents import act, maker_text, object_of, say, scripted
 
 import agents
+import evaluate
 import grpo
 import mtr
+import run as run_file
 import sft
 from agents import Tool, Toolbox, ToolMaker
 from data import InputError
 from data.read import Item, read_questions
-from grpo import EvalConfig, TracesConfig, evaluate_files
+from evaluate import EvalConfig, TracesConfig, evaluate_files
 from model import fingerprint, load_model
 
 TEXT = {"type": "string"}
@@ -133,7 +135,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(stand_in, folder, data, monke
         if len(batches) == 2:
             raise KeyboardInterrupt
         return real(*args, **more)
-    monkeypatch.setattr(grpo, "run_episodes", stop)
+    monkeypatch.setattr(evaluate, "run_episodes", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate_files(config(folder, data, rows=2))
     path, = (folder.parent / "out" / "eval").iterdir()
@@ -171,13 +173,13 @@ def test_other_settings_or_other_questions_are_no_continuation(stand_in, folder,
     assert sorted(len(path.read_text().splitlines()) for path in paths) == [6, 6, 18]
     path = folder.parent / "traces.jsonl"
     teach = dict(out=str(path), model=str(folder), data=(str(data),))
-    grpo.teach(TracesConfig(**teach, samples=1))
+    evaluate.make_traces(TracesConfig(**teach, samples=1))
     for other in (dict(seed=1), dict(temperature=0.5)):
         with pytest.raises(InputError, match="other settings"):
-            grpo.teach(TracesConfig(**teach, samples=1, **other))
+            evaluate.make_traces(TracesConfig(**teach, samples=1, **other))
     path.write_text("hello\n")
     with pytest.raises(InputError, match="line 1"):
-        grpo.teach(TracesConfig(**teach))
+        evaluate.make_traces(TracesConfig(**teach))
     assert path.read_text() == "hello\n"
 
 
@@ -186,7 +188,7 @@ def test_other_settings_or_other_questions_are_no_continuation(stand_in, folder,
 
 def test_stage_0_keeps_what_is_right_and_says_why_the_rest_is_not(stand_in, folder, data, tokenizer):
     path = folder.parent / "traces.jsonl"
-    why = grpo.teach(TracesConfig(out=str(path), model=str(folder), data=(str(data),), samples=2, max_turns=3))
+    why = evaluate.make_traces(TracesConfig(out=str(path), model=str(folder), data=(str(data),), samples=2, max_turns=3))
     assert sum(why.values()) == 12 and all(n == 2 for n in why.values())
     for want, got in zip((q[4] for q in QUESTIONS), why, strict=True):
         assert got.startswith(want) and bool(got) == bool(want)
@@ -199,11 +201,11 @@ def test_stage_0_keeps_what_is_right_and_says_why_the_rest_is_not(stand_in, fold
 
 def test_a_record_of_a_trace_is_learned_as_it_was_led(stand_in, folder, data, tokenizer):
     """What sft trains on of a kept trace has the ids and the mask that the rollout had."""
-    cast, item = grpo.Cast(config(folder, data)), read_questions(data)[0][0]
+    cast, item = evaluate.Players(config(folder, data)), read_questions(data)[0][0]
     cast.boxes = {item.id: cast.stage.maker.make([item.text])[0]}
     trace = agents.Trace(item.text, cast.tools(item), (0,))
     agents.run_episodes(cast.stage.agent(cast.model, 1, 0.0), cast.stage.actor, [trace])
-    record = sft.to_records(trace, cast.boxes[item.id])[0]
+    record = evaluate.to_records(trace, cast.boxes[item.id])[0]
     again = sft.to_trace(record, tokenizer)
     assert (again.ids, again.mask) == (trace.ids, trace.mask)
 
@@ -212,14 +214,14 @@ def test_a_record_of_a_trace_is_learned_as_it_was_led(stand_in, folder, data, to
 def test_a_first_thought_may_name_what_the_question_named(thought, want):
     item = Item("q", "Is Ed or Flo older?", ["Ed", "Gus"], "few", "common")
     trace = agents.Trace(item.text, turns=[agents.Turn(thought), agents.Turn("It is Gus.", answer="Ed")], status="answered")
-    assert grpo.why_not(trace, item) == want
+    assert evaluate.why_not(trace, item) == want
 
 
 def test_the_fallback_and_failed_simulations_are_not_taught():
     lookup = agents.FALLBACK
     trace = agents.Trace("Who?", [lookup], turns=[agents.Turn("t", [agents.Call("lookup", {"subject": "a", "property": "b"},
                                                                                 observation=agents.ToolActor.NO_RESULT)])])
-    assert [record["role"] for record in sft.to_records(trace, Toolbox("composition", [lookup], 0))] == ["agent"]
+    assert [record["role"] for record in evaluate.to_records(trace, Toolbox("composition", [lookup], 0))] == ["agent"]
 
 
 @pytest.mark.parametrize("content, message", [("", "line 1"), ("{}", "line 1"), ('{"conversations": []}', "nothing to learn"),
@@ -274,7 +276,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, culprit, folder, data, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mtr.py", *(word.format(data=data, folder=folder) for word in words)])
     with pytest.raises(SystemExit) as stop:
-        sft.run_main(mtr.main)
+        run_file.run_main(mtr.main)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and culprit in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 

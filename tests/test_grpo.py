@@ -13,9 +13,11 @@ import torch
 
 import grpo
 from agents import Call, Trace, Turn
+from data import InputError
 from grpo import GRPOConfig, advantages, policy_loss, token_weights, update
-from model import InputError, ModelConfig, Sampler, Transformer
-from sft import SFTConfig, command_line, make_optimizer, pad
+from model import ModelConfig, Sampler, Transformer
+from run import command_line
+from sft import SFTConfig, make_optimizer, pad
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 VOCAB = 40
@@ -909,5 +911,5 @@ def test_a_question_that_comes_twice_gets_its_tools_once():
     asked = []
     maker = SimpleNamespace(make=lambda texts, key: asked.extend(texts) or [text.upper() for text in texts])
     stage = SimpleNamespace(boxes={"b": "B"}, config=SimpleNamespace(seed=0), maker=maker)
-    grpo.Stage.make_tools(stage, [SimpleNamespace(id=name, text=name) for name in "abaca"])
+    grpo.Simulator.make_tools(stage, [SimpleNamespace(id=name, text=name) for name in "abaca"])
     assert asked == ["a", "c"] and stage.boxes == {"a": "A", "b": "B", "c": "C"}

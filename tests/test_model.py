@@ -19,8 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from agents import Control
-from model import (MLP, InputError, KVCache, ModelConfig, RMSNorm, Sampler, Tokenizer, Window, draw,
-                   load_model, rotary_angles, rotate, save_model, token_logprobs)
+from model import (
+    MLP,
+    InputError,
+    KVCache,
+    ModelConfig,
+    RMSNorm,
+    Sampler,
+    Tokenizer,
+    Window,
+    draw,
+    load_model,
+    rotary_angles,
+    rotate,
+    save_model,
+    token_logprobs,
+)
 
 REAL = os.environ.get("MTR_QWEN")
 STOPS = (1, 2)  # of the samplers below, out of 40 ids: most turns end by themselves

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import agents
+import evaluate
 import grpo
 import mtr
 from data.world import HELD_OUT, make_questions, make_world, write_sample
@@ -146,13 +147,13 @@ def test_gold_answers_reach_no_prompt_and_change_no_trace(run):
 
     def play(asked):
         with world.sealed():
-            stage = grpo.Stage(run[0] / "sft" / "model", config)
+            stage = grpo.Simulator(run[0] / "sft" / "model", config)
             encode = stage.tokenizer.encode
             stage.tokenizer.encode = lambda pieces: told.append("".join(pieces)) or encode(pieces)
             stage.make_tools(asked)
             model = load_model(run[0] / "grpo" / "model", stage.device)
             rolled = grpo.roll_out(stage, stage.agent(model, 8, 1.0), asked, replace(config, group=2), 0)[0]
-            return [trace.ids for trace in [*rolled, *grpo.evaluate(stage, stage.agent(model, 3, 0.0), asked)[1]]]
+            return [trace.ids for trace in [*rolled, *grpo.score_heldout(stage, stage.agent(model, 3, 0.0), asked)[1]]]
 
     canary = "Qxzzy canary"
     assert play(questions) == play([replace(q, golds=[canary], chain=(canary,)) for q in questions])
@@ -167,11 +168,11 @@ def test_chat_template_stands_beside_the_checkpoint(run):
 def test_the_shares_of_the_toolmaker_by_hand():
     """Four questions: right at once, right at the second try, other tools than the teacher's, the fallback."""
     questions = [q for q in make_questions(make_world(0)) if q.kind == "composition" and q.steps[0][0] == "mayor"][:4]
-    right = [agents.check_tools(mtr.tools_for(q)) for q in questions]
+    right = [agents.check_tools(evaluate.tools_for(q)) for q in questions]
     boxes = [agents.Toolbox("composition", right[0], 1), agents.Toolbox("composition", right[1], 2),
              agents.Toolbox("composition", right[2][:1], 1), agents.Toolbox("composition", [agents.FALLBACK], 0)]
     stage = SimpleNamespace(boxes={q.id: box for q, box in zip(questions, boxes)})
-    assert mtr.maker_report(stage, questions) == {"valid": 0.5, "exact": 0.5, "accepted": 0.75, "regenerated": 0.25,
+    assert evaluate.maker_report(stage, questions) == {"valid": 0.5, "exact": 0.5, "accepted": 0.75, "regenerated": 0.25,
                                                   "fallback": 0.25}
 
 
@@ -183,7 +184,7 @@ def test_the_fidelity_of_the_toolactor_by_hand():
              agents.Call("country", {"city": city}, observation={"country": "Nowhere"}),
              agents.Call("mayor", {"town": city}, error="wrong", observation={"error": "wrong"}),
              agents.Call("compare", {}, observation={"result": "x"})]
-    assert mtr.actor_fidelity([agents.Trace(turns=[agents.Turn(calls=calls)])], world) == 0.5
+    assert evaluate.actor_fidelity([agents.Trace(turns=[agents.Turn(calls=calls)])], world) == 0.5
 
 
 def test_the_majority_row_by_hand():
@@ -191,5 +192,5 @@ def test_the_majority_row_by_hand():
     base = make_questions(make_world(0))[0]
     questions = [replace(base, id=str(i), golds=[gold], set=of) for i, (gold, of) in enumerate(
         [("Bo", "train"), ("Bo", "train"), ("Al", "train"), ("bo", "hotpot"), ("Al", "musique")])]
-    row = mtr.majority(questions, questions[3:])
+    row = evaluate.majority(questions, questions[3:])
     assert row["em_greedy"] == row["em_sampled"] == row["f1"] == 0.5 and row["by_set"] == {"hotpot": 1.0, "musique": 0.0}

@@ -16,9 +16,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import run as run_file
 import sft
-from model import InputError, fingerprint, load_model
-from sft import Run, SFTConfig
+from data import InputError
+from model import fingerprint, load_model
+from run import Run
+from sft import SFTConfig
 
 DEEP = "MTR_DEEP" in os.environ
 STEPS = {"sft": 700 if DEEP else 40, "grpo": 300 if DEEP else 12}
@@ -252,7 +255,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_tell_the_way_on(number, code, be
     monkeypatch.setattr(sys, "argv", ["sft.py", "--out", "a b"])
     term = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        sft.run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
+        run_file.run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
     signal.signal(signal.SIGTERM, term)
     assert end.value.code == code and checkpoints(folder) == [4, 5]
     assert capsys.readouterr().err == "stopped after step 4; go on with: python sft.py --out 'a b' --resume\n"
@@ -262,7 +265,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_tell_the_way_on(number, code, be
 def test_sigterm_before_the_first_step_ends_at_once(capsys):
     term = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        sft.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_file.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
     signal.signal(signal.SIGTERM, term)
     assert end.value.code == 143 and capsys.readouterr().err == "terminated\n"
 
@@ -274,7 +277,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_who
     term = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end:
-            sft.run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
+            run_file.run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
                 resource.RLIMIT_FSIZE, (2000, old[1])), resume=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -297,7 +300,7 @@ def test_the_second_ctrl_c_ends_at_once_and_the_handlers_come_back(request):
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, was))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt), sft.interrupts() as asked:
+    with pytest.raises(KeyboardInterrupt), run_file.interrupts() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked == [signal.SIGINT]
         os.kill(os.getpid(), signal.SIGINT)
@@ -309,9 +312,9 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
     def broken(part):
         (part / "a").write_text("half")
         raise OSError("no space")
-    sft.write_whole(tmp_path / "x", lambda part: (part / "a").write_text("whole"))
+    run_file.write_whole(tmp_path / "x", lambda part: (part / "a").write_text("whole"))
     with pytest.raises(OSError):
-        sft.write_whole(tmp_path / "x", broken)
+        run_file.write_whole(tmp_path / "x", broken)
     assert [f.read_text() for f in (tmp_path / "x").iterdir()] == ["whole"]
-    sft.write_whole(tmp_path / "x", lambda part: (part / "b").write_text("new"))
+    run_file.write_whole(tmp_path / "x", lambda part: (part / "b").write_text("new"))
     assert [f.name for f in (tmp_path / "x").iterdir()] == ["b"] and [f.name for f in tmp_path.iterdir()] == ["x"]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from agents import UTILITIES, Rejected, Trace, check_tools, parse_turn, run_calls
-from grpo import GRPOConfig, reward, reward_arguments, reward_valid, reward_economy, reward_support
+from grpo import GRPOConfig, reward, reward_arguments, reward_economy, reward_support, reward_valid
 
 QUESTION = "In which country was Ada Bo born, in 1815?"
 PARTS = ("grammar", "valid", "arguments", "support", "economy")

@@ -18,19 +18,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_agents import BIRTHPLACE, COUNTRY, END, TEXT, a_tool, act, call_text, in_turn, object_of, play, say, scripted, segments, world
 
 import agents
 import grpo
 import mtr
+import run as run_file
 import sft
 from agents import Rejected, Tool, Trace, check_tools, parse_call, parse_observation, parse_tools, parse_turn, run_calls
+from data import InputError
 from data.read import read_questions
 from data.tools import Real
 from grpo import GRPOConfig
-from model import InputError, load_model, token_logprobs
-from sft import Run, SFTConfig, read_config
-from test_agents import (BIRTHPLACE, COUNTRY, TEXT, END, a_tool, act, call_text, in_turn, object_of, play, say,
-                         scripted, segments, world)
+from model import load_model, token_logprobs
+from run import Run, read_config
+from sft import SFTConfig
 
 DEEP = "MTR_DEEP" in os.environ
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,10 +369,10 @@ def test_a_wrong_use_is_one_line_that_names_it_and_changes_nothing(program, word
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     own = ["--out", str(out)] if "--out" not in words else []
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words, *own])
-    monkeypatch.setattr(sft.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(run_file.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        sft.run_main({"sft": sft, "grpo": grpo, "mtr": mtr}[program].main)
+        run_file.run_main({"sft": sft, "grpo": grpo, "mtr": mtr}[program].main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and said.startswith(f"{program}.py: ") and culprit in said, said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -465,8 +467,8 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch, h
     total, first = (2000, 100) if DEEP else (60, 20)
     if not half:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    shapes, score = set(), grpo.score
-    monkeypatch.setattr(grpo, "score", lambda *given: (out := score(*given), shapes.add(out[0].shape))[0])
+    shapes, score = set(), grpo.trace_logprobs
+    monkeypatch.setattr(grpo, "trace_logprobs", lambda *given: (out := score(*given), shapes.add(out[0].shape))[0])
     config = GRPOConfig(out=str(tmp_path), steps=total, questions=2, group=2, turn_tokens=16, max_turns=2, loss="grpo",
                         trace_tokens=700, save_every=10, eval_every=first // 2)
     calls = lambda text: agents.Turn("", [agents.Call("lookup", {"subject": text[:1], "property": text[1:2]})])  # noqa: E731

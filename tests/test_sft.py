@@ -7,23 +7,25 @@ import random
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import get_args
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from test_agents import END, HEAD, START, TAIL, call_text, in_turn, scripted, segments
 
 import agents
+import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
+from data import InputError
 from data.tools import Real
-from data.world import (HELD_OUT, imagined_questions, make_questions, make_world, teach_actor, teach_agent,
-                        teach_maker)
-from grpo import EvalConfig, GRPOConfig
-from model import InputError, token_logprobs
+from data.world import HELD_OUT, imagined_questions, make_questions, make_world, teach_actor, teach_agent, teach_maker
+from evaluate import EvalConfig
+from grpo import GRPOConfig
+from model import token_logprobs
 from mtr import RunConfig
 from sft import SFTConfig, to_trace
-from test_agents import END, HEAD, START, TAIL, call_text, in_turn, scripted, segments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -147,7 +149,7 @@ def test_maker_and_actor_are_asked_as_they_were_taught(tokenizer):
 def test_every_call_in_a_prompt_has_its_schema():
     """The prompt of every conversation with a call holds that tool's schema."""
     for record in [*teacher_records()[1], AGENT]:
-        prompt = "".join(sft.pieces(record)[0])
+        prompt = "".join(sft.split_conversation(record)[0])
         for turn in record["turns"]:
             assert all(f'"function": {{"name": "{call["name"]}"' in prompt for call in turn.get("calls", []))
 
@@ -414,7 +416,7 @@ def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
 CONFIGS = {  # where each is read, and under what name
     SFTConfig: {"sft.py": "config", "mtr.py": "first"},
     GRPOConfig: {"grpo.py": "(?:config|c)", "mtr.py": "second"},
-    EvalConfig: {"grpo.py": "(?:config|c)"},
+    EvalConfig: {"evaluate.py": "(?:config|c)"},
     RunConfig: {"mtr.py": "config"}}
 
 
@@ -427,7 +429,7 @@ def without_class(source, name):
                          ids=lambda value: getattr(value, "__name__", value))
 def test_every_option_is_read_somewhere(config, field):
     """Outside of the class itself, as an attribute of a config or by a getattr with a made-up name."""
-    shared = inspect.getsource(sft.set_up) + inspect.getsource(sft.Run)  # which every stage hands its config to
+    shared = inspect.getsource(run_file.set_up) + inspect.getsource(run_file.Run)  # which every stage hands its config to
     read = re.findall(rf"\bconfig\.{field}\b", shared)
     for file, name in CONFIGS[config].items():
         source = without_class((ROOT / file).read_text(encoding="utf-8"), config.__name__)
@@ -491,7 +493,7 @@ def test_all_that_is_taught_fits_the_tokenizer_and_the_loss(tokenizer):
     records = [teach_agent(world, q, rng) for q in questions] + [teach_maker(q, rng) for q in questions]
     for record in [*records, *teach_actor(world, rng)[::5]]:
         trace = to_trace(record, tokenizer)
-        prompt, turns = sft.pieces(record)
+        prompt, turns = sft.split_conversation(record)
         text = "".join(prompt) + "".join("".join([*said, END, *heard]) for said, heard in turns)
         assert tokenizer.decode(trace.ids) == text and trace.ids[-1] == tokenizer.end and trace.mask[-1] == 1
         assert trace.ids.count(tokenizer.control[START]) == trace.ids.count(tokenizer.end)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import agents  # noqa: E402
 import grpo  # noqa: E402
+import run as run_file  # noqa: E402
 import sft  # noqa: E402
 
 STAGE, OUT = sys.argv[1], Path(sys.argv[2])
@@ -64,8 +65,8 @@ def reward(trace: agents.Trace, golds: list[str], config: grpo.GRPOConfig) -> di
 
 
 def main() -> None:
-    sft.Run.steps = (lambda real: lambda *args: follow(real, *args))(sft.Run.steps)
-    watch(sft.Run, "_save_checkpoint", "saving")
+    run_file.Run.steps = (lambda real: lambda *args: follow(real, *args))(run_file.Run.steps)
+    watch(run_file.Run, "_save_checkpoint", "saving")
     if STAGE == "sft":
         sft.teach = lambda *_: json.loads((OUT / "lesson.json").read_text(encoding="utf-8"))
         watch(sft, "train_step", "update")
@@ -74,7 +75,7 @@ def main() -> None:
         watch(grpo, "roll_out", "rollout")
         watch(grpo, "update", "update")
     sys.argv = [f"{STAGE}.py", "--out", str(OUT), *sys.argv[3:]]
-    sft.run_main({"sft": sft, "grpo": grpo}[STAGE].main)
+    run_file.run_main({"sft": sft, "grpo": grpo}[STAGE].main)
 
 
 if __name__ == "__main__":
