@@ -19,8 +19,8 @@ from data.score import exact_match, f1, interval, normalize
 from data.tools import Blanked, Real, Shuffled
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for, tools_for
 from grpo import GRPOConfig, Simulator, holds, means, measure, score_heldout
-from model import ModelConfig, Sampler, Tokenizer, Transformer, fingerprint, load_model
-from run import at_least, checkpoint_dtype, option, pick_device, positive, read_config, set_up
+from model import ModelConfig, Sampler, Transformer, load
+from run import at_least, checkpoint_dtype, fingerprint, option, pick_device, positive, read_config, set_up
 from sft import SFTConfig
 
 
@@ -31,7 +31,7 @@ def all_rows(out: Path, second: GRPOConfig, most: int | None) -> tuple[dict, lis
     held_out = [q for q in questions if q.set in HELD_OUT][::50 // most * 4 if most else 1]
     stage = Simulator(out / "sft" / "model", second)
     stage.make_tools(held_out)
-    models = {name: load_model(out / name / "model", stage.device) for name in ("sft", "sft_continued", "grpo")}
+    models = {name: load(out / name / "model", stage.device)[0] for name in ("sft", "sft_continued", "grpo")}
     models["untrained"] = Transformer(stage.frozen.config).init_weights(second.seed).to(stage.device)
     rows, traces = [majority(questions, held_out)], {}
     plan = [("closed_book", "sft", stage.actor), ("untrained", "untrained", stage.actor), ("sft", "sft", stage.actor),
@@ -88,13 +88,6 @@ def maker_report(stage: Simulator, questions: list[Question]) -> dict[str, float
 LIMITS = {"max_turns": 8, "turn_tokens": 1024, "trace_tokens": 4096}  # of a checkpoint that no run says more of
 
 
-def check_sampling(config) -> None:
-    """InputError for a temperature, top_p or top_k that can't be drawn with."""
-    at_least(config, temperature=0, top_k=0)
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"top_p: expected a share above 0 and at most 1, found {config.top_p}")
-
-
 @dataclass
 class EvalConfig:
     """What mtr.py eval can be told."""
@@ -109,8 +102,6 @@ class EvalConfig:
     tools: bool = option(True, "without them: the baseline, a direct answer")
     samples: int = option(1, "answers a question")
     temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
-    top_p: float = option(1.0, "only the fewest, likeliest tokens that hold this share are drawn")
-    top_k: int = option(0, "and of these the likeliest so many; 0: all")
     seed: int = option(0, "all random numbers of the traces")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
     rows: int = option(64, "traces side by side; turn down if memory runs out")
@@ -120,8 +111,7 @@ class EvalConfig:
 
     def __post_init__(self):
         positive(self, "samples", "rows", *(name for name in LIMITS if getattr(self, name) is not None))
-        at_least(self, threads=0)
-        check_sampling(self)
+        at_least(self, threads=0, temperature=0)
         if self.temperature == 0 and self.samples > 1:
             raise InputError("samples: greedy answers are all the same; give a --temperature above 0")
         for name in ("model", "grounded"):
@@ -156,7 +146,7 @@ def open_run(out: str, room: int | None = None, rows: int = 64) -> tuple[Simulat
     dtype = checkpoint_dtype() if config.data else torch.float32
     stage = Simulator(folder / "sft" / "model", config, rows, room or (config.trace_tokens if config.data else None), dtype)
     world = make_world(read_config(SFTConfig, folder / "sft" / "config.json").seed)
-    return stage, load_model(folder / "grpo" / "model", stage.device, dtype), world
+    return stage, load(folder / "grpo" / "model", stage.device, dtype)[0], world
 
 
 class Players:
@@ -188,7 +178,7 @@ class Players:
         played = "real: the world" if config.backend == "real" else f"simulated: {simulator}" + " grounded" * config.grounded
         own = f"real: {config.real_tools} {fingerprint(config.real_tools)[:8]}" if self.real else ""
         self.backend = " + ".join(filter(None, ["" if self.alone else played, own])) if config.tools else "none"
-        self.settings = [self.name, self.backend, c.seed, c.temperature, c.top_p, c.top_k, c.max_turns, c.turn_tokens, c.trace_tokens]
+        self.settings = [self.name, self.backend, c.seed, c.temperature, c.max_turns, c.turn_tokens, c.trace_tokens]
 
     def tools(self, item: Item) -> list[Tool]:
         """The ToolMaker's for this question, with the user's; where both have a name, the user's."""
@@ -204,8 +194,6 @@ class Players:
         config, done = self.config, read_lines(path, by)
         todo = [(q, sample) for q in items for sample in range(config.samples) if (q.id, sample) not in done]
         agent = self.stage.agent(self.model, min(config.rows, len(todo)), config.temperature) if todo else None
-        if agent:
-            agent.sampler.top_p, agent.sampler.top_k = config.top_p, config.top_k
         backend, self.boxes = Real(self.world.real) if self.world and config.backend == "real" else self.stage.actor, {}
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for i in tqdm(range(0, len(todo), config.rows), desc=items[0].set, unit="batch"):
@@ -336,8 +324,9 @@ TURNS, TURN_TOKENS = 8, 512  # of a checkpoint's AutoAgent; what it hears may be
 
 def open_checkpoint(folder: str, question: str, tools: list[Tool]) -> tuple[ToolMaker, AutoAgent, ToolActor]:
     """A Qwen2.5 checkpoint in all three roles, with a KV cache that holds the longest trace."""
-    model = load_model(folder, pick_device(), checkpoint_dtype()).requires_grad_(False)
-    tokenizer, room = Tokenizer(folder), model.config.max_position_embeddings
+    model, tokenizer = load(folder, pick_device(), checkpoint_dtype())
+    model.requires_grad_(False)
+    room = model.config.max_position_embeddings
     prompt = len(tokenizer.encode(AutoAgent.prompt(question, tools)))
     if prompt >= room:
         raise InputError(f"question: with its tools {prompt} tokens, the checkpoint in {folder} has room for {room}")

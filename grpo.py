@@ -35,7 +35,7 @@ from data import InputError
 from data.read import read_questions
 from data.score import exact_match, f1, normalize
 from data.world import HELD_OUT, Question, make_questions, make_world, mixed
-from model import Sampler, Tokenizer, Transformer, load_model, token_logprobs
+from model import Sampler, Transformer, load, token_logprobs
 from run import Run, at_least, command_line, half_precision, option, pick_device, positive, read_config, run_main, set_up
 from sft import SFTConfig, make_optimizer, micro_batches, optimizer_step, pad
 
@@ -269,8 +269,9 @@ class Simulator:
     def __init__(self, folder: Path, config, rows: int = 64, room: int | None = None, dtype: torch.dtype = torch.float32):
         """room: the most tokens that a question or a call with its tools may take; None: the miniature's measures."""
         self.device, self.config = pick_device(), config
-        self.frozen = load_model(folder, self.device, dtype).requires_grad_(False)
-        self.tokenizer, most = Tokenizer(folder), self.frozen.config.max_position_embeddings
+        self.frozen, self.tokenizer = load(folder, self.device, dtype)
+        self.frozen.requires_grad_(False)
+        most = self.frozen.config.max_position_embeddings
         reply = {"reply_tokens": max(480, config.turn_tokens)} if room else {}
         slots = min(most, room + reply["reply_tokens"]) if room else 640
         self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, rows, slots), **reply)
@@ -469,7 +470,7 @@ def train(config: GRPOConfig) -> None:
         plan = [[pool[(step * config.questions + i) % len(pool)] for i in range(config.questions)]
                 for step in range(config.steps)]
         stage.make_tools([*held_out, *(q for step in plan for q in step)])
-        model = load_model(before / "model", stage.device)
+        model = load(before / "model", stage.device)[0]
         loop(stage, model, plan, held_out, run)
         run.save(model, stage.tokenizer)
 

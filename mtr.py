@@ -20,7 +20,7 @@ import run
 import sft
 from agents import Trace, load_tools, run_calls
 from data import InputError
-from evaluate import EvalConfig, TracesConfig, all_rows, check_sampling, evaluate_files, make_traces, open_checkpoint, open_run
+from evaluate import EvalConfig, TracesConfig, all_rows, evaluate_files, make_traces, open_checkpoint, open_run
 from grpo import GRPOConfig
 from report import before_and_after, draw_curves, say, show, show_rows
 from run import at_least, option, set_up
@@ -59,14 +59,11 @@ class AskConfig:
     model: str = option("", "a Qwen2.5 checkpoint folder that plays all three roles in their place")
     tools: str = option("", "your own tools in place of the ToolMaker's: JSON list of OpenAI functions, or Python")
     temperature: float = option(0.0, "of AutoAgent; 0 is greedy")
-    top_p: float = option(1.0, "only the fewest, likeliest tokens that hold this share are drawn")
-    top_k: int = option(0, "and of these the likeliest so many; 0: all")
     seed: int = option(0, "all random numbers of the trace")
     threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
-        at_least(self, threads=0)
-        check_sampling(self)
+        at_least(self, threads=0, temperature=0)
 
 
 def run_all(config: RunConfig) -> None:
@@ -122,7 +119,7 @@ def ask(question: str, config: AskConfig) -> None:
     else:
         stage, policy, world = open_run(config.out, rows=1)
         maker, agent, actor, sealed = stage.maker, stage.agent(policy, 1, 0.0), stage.actor, world.sealed()
-    agent.temperature, agent.sampler.top_p, agent.sampler.top_k = config.temperature, config.top_p, config.top_k
+    agent.temperature = config.temperature
     if not own:
         box = maker.make([question])[0]
         own = box.tools

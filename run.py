@@ -1,6 +1,7 @@
 """What every command shares, and what you need not read to learn the method: command line, device, run folder."""
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from agents import Trace
 from data import InputError, read_json
-from model import Tokenizer, Transformer, fingerprint, save_model
+from model import Tokenizer, Transformer, save_model
 
 
 def option(default, meaning: str, **more):
@@ -134,6 +135,10 @@ def set_up(config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    # MKL picks the code of a function at its first call. If several threads make that call at once, a part of the result
+    # may be off by 1e-4 (pytorch/pytorch#188792), and the seed gives another run. One element takes one thread.
+    for function in (torch.cos, torch.sin, torch.exp):
+        function(torch.ones(1))
 
 
 def half_precision(device: str):
@@ -172,6 +177,17 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def fingerprint(*paths: Path) -> str:
+    """SHA-256 of the contents of files. A folder counts by its weights."""
+    digest = hashlib.sha256()
+    for path in paths:
+        parts = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]
+        for part in parts:
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:

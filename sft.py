@@ -22,7 +22,7 @@ import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data import InputError
 from data.world import make_world, teach
-from model import ModelConfig, Tokenizer, Transformer, load_model, token_logprobs, train_tokenizer
+from model import ModelConfig, Tokenizer, Transformer, load, token_logprobs, train_tokenizer
 from run import Run, at_least, command_line, half_precision, option, pick_device, positive, run_main, set_up
 
 
@@ -310,14 +310,14 @@ def train(config: SFTConfig) -> None:
     if config.model and Path(config.model).resolve().is_relative_to((Path(config.out) / "sft").resolve()):
         raise InputError(f"model: {config.model} lies where this run would be written; give another --out")
     source = Path(config.model) if config.model else None
-    start = load_model(source, pick_device()) if source else None  # what is broken is refused before anything is written
+    start = load(source, pick_device()) if source else None  # what is broken is refused before anything is written
     print("reading the conversations" if config.traces else "making the world and its teacher's conversations", flush=True)
     records, valid, texts = prepare(config)
     run = Run(Path(config.out) / "sft", config, COLUMNS, source, (config.traces,) if config.traces else ())
     if run.finished:
         return
     if source:  # it knows how to copy: no need to begin with pieces
-        model, tokenizer, config = start, Tokenizer(source), replace(config, piece=1_000_000)
+        (model, tokenizer), config = start, replace(config, piece=1_000_000)
     else:
         model, tokenizer = new_miniature(config, texts, run)
         model.to(pick_device())
@@ -334,7 +334,7 @@ def train_on(config: SFTConfig) -> None:
     if run.finished:
         return
     print("making the same conversations, for other batches", flush=True)
-    model, tokenizer = load_model(folder, pick_device()), Tokenizer(folder)
+    model, tokenizer = load(folder, pick_device())
     data, valid = (encode(part, tokenizer) for part in teach(config.seed, config.worlds))
     fit(model, tokenizer, data, valid, replace(config, seed=config.seed + 1000), run)  # other batches
     run.save(model, tokenizer)
