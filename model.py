@@ -54,7 +54,10 @@ class ModelConfig:
         """Read config.json. InputError names a missing key, bad value or unsupported feature."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
-        raw = {**(raw.get("rope_parameters") or {}), **raw}  # newer files keep rope_theta there
+        rope = raw.get("rope_parameters") or {}  # newer files keep rope_theta there
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: rope_parameters should be an object, found {rope!r}")
+        raw = {**rope, **raw}
         for key, want in SUPPORTED.items():
             if raw.get(key, want) != want:
                 raise InputError(f"{path}: {key} is {raw[key]!r}, only {want!r} is supported")
@@ -419,11 +422,10 @@ class Sampler:
             prompt = prompts[i // copies]
             conversation.pending = prompt[-1:]
             conversation.filled = len(prompt) - 1
-        if copies > 1 and prompts:
+        if copies > 1 and opened:
             self.cache.longest = max(c.filled for c in opened)
-            source = [heads[i // copies] for i in range(len(opened)) if i % copies]
-            target = [opened[i] for i in range(len(opened)) if i % copies]
-            self.cache.move(self._row_numbers(source), self._row_numbers(target))
+            rows = torch.tensor([c.row for c in opened], device=self.model.device)
+            self.cache.move(rows[::copies].repeat_interleave(copies), rows)
         return opened
 
     def append(self, conversation: Conversation, ids: list[int]) -> None:
@@ -524,10 +526,6 @@ class Sampler:
             self.rows[x].row = x
             self.rows[y].row = y
 
-    def _row_numbers(self, conversations: list[Conversation]) -> Tensor:
-        return torch.tensor([c.row for c in conversations], device=self.model.device)
-
-
 # ------------------------------------------------------------------------------------- checkpoints
 
 
@@ -572,9 +570,9 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
 
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
-            stored_names = tensors.keys()
-            # Some writers store a tied lm_head.weight again. It is skipped.
-            names = [name for name in stored_names if name in missing or name != "lm_head.weight"]
+            names = tensors.keys()
+            if model.config.tie_word_embeddings:  # some writers store the tied head too: skip it
+                names = [name for name in names if name != "lm_head.weight"]
             with ThreadPoolExecutor(4) as pool:  # most time goes into page faults of fresh memory
                 list(pool.map(read, names))
     except (SafetensorError, OSError) as error:
