@@ -1,7 +1,7 @@
-"""The machine against plain references: slow loops in float64, numbers worked out by hand.
+"""model.py against plain references: slow loops in float64, and numbers worked out by hand.
 
-If MTR_QWEN names a folder with Qwen2.5's tokenizer.json, the tokenizer's tests run on that one too."""
-import importlib.util
+If MTR_QWEN names a folder with Qwen2.5's tokenizer.json, the tokenizer tests run on that file too.
+"""
 import itertools
 import json
 import math
@@ -15,13 +15,12 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from agents import Control
+from data import InputError
 from model import (
     MLP,
-    InputError,
     KVCache,
     ModelConfig,
     RMSNorm,
@@ -29,7 +28,7 @@ from model import (
     Tokenizer,
     Window,
     draw,
-    load_model,
+    load,
     rotary_angles,
     rotate,
     save_model,
@@ -37,7 +36,7 @@ from model import (
 )
 
 REAL = os.environ.get("MTR_QWEN")
-STOPS = (1, 2)  # of the samplers below, out of 40 ids: most turns end by themselves
+STOPS = (1, 2)  # stop ids of the samplers below, 2 of 40 ids: most turns end before their limit
 
 # ------------------------------------------------------------------------------- slow, plain references
 
@@ -92,20 +91,20 @@ def slow_forward(model, ids):
 
 
 @torch.no_grad()
-def slow_speak(model, ids, uniforms, limit, temperature=1.0, stops=STOPS):
-    """One conversation alone: a whole forward pass a token, a draw by adding up probabilities."""
-    said, logprobs = [], []
-    while len(said) < limit and not (said and said[-1] in stops):
-        logits = model.head(model(torch.tensor([ids + said]))[0, -1]).tolist()
+def slow_sample(model, ids, uniforms, limit, temperature=1.0, stops=STOPS):
+    """One conversation alone: one full forward pass per token, and a draw that adds up probabilities."""
+    new, logprobs = [], []
+    while len(new) < limit and not (new and new[-1] in stops):
+        logits = model.head(model(torch.tensor([ids + new]))[0, -1]).tolist()
         weights = [math.exp((x - max(logits)) / (temperature or 1)) for x in logits]
-        pick, left = 0, uniforms[len(said)] * sum(weights)
+        pick, left = 0, uniforms[len(new)] * sum(weights)
         while left >= weights[pick]:
             left -= weights[pick]
             pick += 1
         pick = pick if temperature else logits.index(max(logits))
-        said.append(pick)
+        new.append(pick)
         logprobs.append(math.log(weights[pick] / sum(weights)))
-    return said, logprobs
+    return new, logprobs
 
 
 def random_ids(rng, n, vocab=40):
@@ -119,7 +118,7 @@ def pad(rows, filler=0):
 # ------------------------------------------------------------------------------------------- the parts
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (14, 2)])  # 1, 2 and 7 query heads a kv-head
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (14, 2)])  # 1, 2 and 7 query heads per kv-head
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_whole_model_is_the_slow_one(tiny, heads, kv_heads, tied):
     """Biases, half-split RoPE, order of the grouped heads, SwiGLU, norms, head. The angles are float32."""
@@ -129,7 +128,7 @@ def test_the_whole_model_is_the_slow_one(tiny, heads, kv_heads, tied):
 
 @pytest.mark.parametrize("name", ["q_proj.bias", "k_proj.bias", "v_proj.bias", "up_proj.weight"])
 def test_the_slow_one_sees_each_part(tiny, name):
-    """The comparison above would notice a part that is left out."""
+    """The comparison above notices a part that is missing."""
     model, ids = tiny(), random_ids(np.random.default_rng(0), 9)
     before = slow_forward(model, ids)
     next(p for n, p in model.named_parameters() if n.endswith(name)).data.zero_()
@@ -137,41 +136,21 @@ def test_the_slow_one_sees_each_part(tiny, name):
 
 
 def test_rotation_by_hand():
-    """A quarter turn takes (a, b) to (-b, a); the pairs are (1, 3) and (2, 4), not neighbours."""
+    """A quarter turn takes (a, b) to (-b, a). The pairs are (1, 3) and (2, 4), not neighbours."""
     turned = rotate(torch.tensor([1.0, 2, 3, 4]), torch.zeros(2), torch.ones(2))
     assert turned.tolist() == [-3, -4, 1, 2]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_angles_are_right_far_out(head_dim):
-    """At position 30000; a position in bfloat16 would be off by up to 64."""
+    """At position 30000. A position in bfloat16 is off by up to 64."""
     got = rotary_angles(torch.tensor([[29999, 30000]]), head_dim, 1e6)[0]
     want = np.array([[p * 1e6 ** (-2 * i / head_dim) for i in range(head_dim // 2)] for p in (29999, 30000)])
     assert got.dtype == torch.float32 and np.abs(got.double().numpy() - want).max() < 4e-3
 
 
-class Calls(TorchDispatchMode):
-    """Notes every operator that torch runs, with the number of elements in its first argument."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append((func.overloadpacket.__name__, args[0].numel() if isinstance(args[0], torch.Tensor) else None))
-        return func(*args, **(kwargs or {}))
-
-
-def test_import_calls_each_vector_function_on_one_element():
-    """model.py says why. The error itself shows in some processes only, too few to ask for, so the calls are counted."""
-    spec = importlib.util.spec_from_file_location("model_again", model_file.__file__)
-    with Calls() as calls:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert {call for call in calls.seen if call[0] != "ones"} == {("cos", 1), ("sin", 1), ("exp", 1)}
-
-
 def test_angles_are_right_inside_a_bfloat16_model(tiny, monkeypatch):
-    """Cosine and sine are rounded to bfloat16 only after they were taken."""
+    """Angles, cosine and sine are computed in float32. Only the results are rounded to bfloat16."""
     seen = []
     monkeypatch.setattr(model_file, "rotate", lambda x, cos, sin: seen.append(torch.stack((cos, sin))) or x)
     window = SimpleNamespace(positions=torch.tensor([[30000]]), write=lambda layer, k, v: (k, v), mask=None)
@@ -196,7 +175,7 @@ def test_rms_norm_in_bfloat16_takes_its_mean_in_float32():
 
 
 def test_swiglu_by_hand():
-    """silu(2) · 3 · 5, the gate through silu, not the other."""
+    """silu(2) · 3 · 5: silu applies to gate_proj, not to up_proj."""
     mlp = MLP(ModelConfig(1, 1, 1, 1, 1, 1, 1, 1e-6, 1e6, True))
     for part, value in ((mlp.gate_proj, 2.0), (mlp.up_proj, 3.0), (mlp.down_proj, 5.0)):
         part.weight.data.fill_(value)
@@ -211,7 +190,7 @@ def test_bfloat16_stays_near_and_its_logits_are_float32(tiny):
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (14, 2)])
 def test_training_in_half_precision_on_a_cpu_stays_near(tiny, heads, kv_heads):
-    """There attention is written out, in place of the fused kernel: same states, same gradients, to a few per cent."""
+    """There a plain formula replaces the fused attention kernel. States and gradients agree to a few per cent."""
     ids, gradients = random_ids(np.random.default_rng(3), 40), []
     for half in (True, False):
         model = tiny(heads=heads, kv_heads=kv_heads, dtype=torch.float32)
@@ -234,7 +213,7 @@ def test_init_weights_follow_the_seed_alone(tiny):
 
 @torch.no_grad()
 def feed(model, cache, parts, filler=0):
-    """One pass in which row i reads the ids parts[i] -> for each row their states and their positions."""
+    """One pass that feeds ids parts[i] to row i -> states and positions of each row."""
     new = torch.tensor([len(part) for part in parts])
     window = Window(cache, new, int(new.max()))
     states = model(pad(parts, filler), window)
@@ -242,13 +221,13 @@ def feed(model, cache, parts, filler=0):
     return [(states[i, :n], window.positions[i, :n].tolist()) for i, n in enumerate(new.tolist())]
 
 
-def read_in_passes(model, rows, lengths, filler=0):
-    """Feed row i its ids in parts of lengths[0][i], lengths[1][i], … -> states and positions of each row."""
+def feed_in_passes(model, rows, lengths, filler=0):
+    """Feed row i in parts of lengths[0][i], lengths[1][i], … ids -> states and positions of each row."""
     cache, start, seen = KVCache(model, len(rows), 64), [0] * len(rows), [[] for _ in rows]
     for part in lengths:
-        passed = feed(model, cache, [row[s:s + n] for row, s, n in zip(rows, start, part)], filler)
-        start = [s + n for s, n in zip(start, part)]
-        for row, piece in zip(seen, passed):
+        parts = [row[s:s + n] for row, s, n in zip(rows, start, part, strict=True)]
+        start = [s + n for s, n in zip(start, part, strict=True)]
+        for row, piece in zip(seen, feed(model, cache, parts, filler), strict=True):
             row.append(piece)
     assert start == [len(row) for row in rows] == cache.length.tolist()
     return [(torch.cat([s for s, _ in row]), [p for _, ps in row for p in ps]) for row in seen]
@@ -268,39 +247,41 @@ SPLITS = {
 
 @pytest.mark.parametrize("lengths", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("filler", [0, 39])
-def test_reading_in_parts_is_reading_at_once(tiny, lengths, filler):
-    """However the rows are cut and padded: the states are each row's alone, in one pass without a cache."""
+def test_many_passes_give_the_states_of_one_pass(tiny, lengths, filler):
+    """However the rows are split and padded, each row has the states of one pass over it alone, without a cache."""
     model, rng = tiny(), np.random.default_rng(len(lengths))
-    rows = [random_ids(rng, sum(part)) for part in zip(*lengths)]
-    for row, (states, positions) in zip(rows, read_in_passes(model, rows, lengths, filler)):
+    rows = [random_ids(rng, sum(part)) for part in zip(*lengths, strict=True)]
+    fed = feed_in_passes(model, rows, lengths, filler)
+    for row, (states, positions) in zip(rows, fed, strict=True):
         assert positions == list(range(len(row)))
         assert distance(states, model(torch.tensor([row]))[0]) < 1e-12
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_three_turns_in_every_split(tiny, dtype, tolerance):
-    """Each turn hears 1 to 3 ids in one pass and says 0 to 2, a pass each: all 729 ways in one ragged batch. They
-    read the same ids, so each has to see the beginning of what one whole pass sees."""
+    """A turn is one pass over 1 to 3 ids, then 0 to 2 passes over one id each. All 729 combinations of three turns
+    are rows of one ragged batch. All rows get the same ids, so each must see the beginning of one whole pass."""
     splits = list(itertools.product((1, 2, 3), (0, 1, 2), repeat=3))
     passes = []
     for turn in range(3):
-        heard, said = zip(*(split[2 * turn:2 * turn + 2] for split in splits))
-        passes += [heard, *([int(n > step) for n in said] for step in range(2))]
+        prefilled, decoded = zip(*(split[2 * turn:2 * turn + 2] for split in splits), strict=True)
+        passes += [prefilled, *([int(n > step) for n in decoded] for step in range(2))]
     model, ids = tiny(dtype=dtype), random_ids(np.random.default_rng(3), 15)
     whole = model(torch.tensor([ids]))[0]
-    for split, (states, _) in zip(splits, read_in_passes(model, [ids[:sum(split)] for split in splits], passes)):
+    fed = feed_in_passes(model, [ids[:sum(split)] for split in splits], passes)
+    for split, (states, _) in zip(splits, fed, strict=True):
         assert distance(states, whole[:sum(split)]) < tolerance
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (14, 2)])
-def test_grouped_heads_behind_a_cache(tiny, heads, kv_heads):
+def test_grouped_heads_with_a_cache(tiny, heads, kv_heads):
     model, ids = tiny(heads=heads, kv_heads=kv_heads), random_ids(np.random.default_rng(0), 9)
-    states, _ = read_in_passes(model, [ids], [[5], [3], [1]])[0]
+    states, _ = feed_in_passes(model, [ids], [[5], [3], [1]])[0]
     assert distance(model.head(states), slow_forward(model, ids)) < 1e-6
 
 
 def test_a_new_cache_is_zeros(tiny, monkeypatch):
-    """0 · NaN is NaN, so what lies beyond a row's length has to be finite; unset memory is made NaN here."""
+    """0 · NaN is NaN, so the memory beyond a row's length must be finite. torch.empty gives NaN in this test."""
     model = tiny()
     monkeypatch.setattr(torch, "empty", lambda size, **more: torch.full(size, math.nan, **more))
     cache = KVCache(model, 3, 16)
@@ -308,29 +289,12 @@ def test_a_new_cache_is_zeros(tiny, monkeypatch):
     assert not cache.k.any() and not cache.v.any() and not cache.length.any()
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny, monkeypatch):
-    """2 layers x 2 kv-heads x 8 x 8 bytes, keys and values: 512 bytes a token; a million conversations of a million
-    tokens are 512 TB. The line gives the GB on both sides, and a flag."""
-    with pytest.raises(InputError, match=r"512000\.0 GB, but \d+\.\d GB are free on cpu; turn down --trace-tokens"):
-        KVCache(tiny(), 10 ** 6, 10 ** 6)
-    monkeypatch.setattr(model_file, "free_memory", lambda device: 512.0 * 3 * 16)
-    KVCache(tiny(), 3, 16)
-    with pytest.raises(InputError, match="3 conversations x 17 tokens"):
-        KVCache(tiny(), 3, 17)
-
-
-def test_free_memory_is_what_the_system_says():
-    """Between the pages that nobody uses and all there are."""
-    free, page = model_file.free_memory(torch.device("cpu")), os.sysconf("SC_PAGE_SIZE")
-    assert 0.5 * os.sysconf("SC_AVPHYS_PAGES") * page < free < os.sysconf("SC_PHYS_PAGES") * page or free == math.inf
-
-
-def test_what_lies_beyond_a_rows_length_is_not_seen(tiny):
+def test_attention_ignores_memory_beyond_a_rows_length(tiny):
     model, cache, rows = tiny(), KVCache(tiny(), 2, 32), [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13]]
     feed(model, cache, [rows[0][:5], rows[1][:2]])
     for row, length in enumerate(cache.length.tolist()):
         cache.k[:, row, :, length:] = cache.v[:, row, :, length:] = 1e3
-    for row, (states, _) in zip(rows, feed(model, cache, [rows[0][5:], rows[1][2:]])):
+    for row, (states, _) in zip(rows, feed(model, cache, [rows[0][5:], rows[1][2:]]), strict=True):
         assert distance(states, model(torch.tensor([row]))[0, -2:]) < 1e-12
 
 
@@ -339,12 +303,12 @@ def test_moving_rows_swaps_them(tiny):
     feed(model, cache, rows)
     cache.move(torch.tensor([0, 2]), torch.tensor([2, 0]))
     assert cache.length.tolist() == [3, 2, 5]
-    for row, (states, _) in zip((rows[2], rows[1], rows[0]), feed(model, cache, [[8], [9], [10]])):
-        new = [8, 9, 10][(rows[2], rows[1], rows[0]).index(row)]
-        assert distance(states, model(torch.tensor([row + [new]]))[0, -1:]) < 1e-12
+    rows, new = rows[::-1], [[8], [9], [10]]
+    for row, last, (states, _) in zip(rows, new, feed(model, cache, new), strict=True):
+        assert distance(states, model(torch.tensor([row + last]))[0, -1:]) < 1e-12
 
 
-# --------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------ draw
 
 BY_HAND = [(0.0, 0), (0.124, 0), (0.126, 1), (0.374, 1), (0.376, 2), (0.874, 2), (0.876, 3), (1 - 1e-6, 3)]
 
@@ -352,14 +316,14 @@ BY_HAND = [(0.0, 0), (0.124, 0), (0.126, 1), (0.374, 1), (0.376, 2), (0.874, 2),
 @pytest.mark.parametrize("uniform, want", BY_HAND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draw_inverts_the_cumulative_sum(uniform, want, dtype):
-    """Probabilities 1/8, 1/4, 1/2, 1/8: borders at 0.125, 0.375, 0.875. A shift of all logits is nothing."""
+    """Probabilities 1/8, 1/4, 1/2, 1/8: borders at 0.125, 0.375, 0.875. A shift of all logits changes nothing."""
     probs = torch.tensor([1, 2, 4, 1], dtype=dtype) / 8
     ids, logprobs = draw(probs.log()[None] + 7, torch.tensor([uniform]), 1.0)
     assert ids.tolist() == [want] and logprobs.item() == pytest.approx(math.log(probs[want]), abs=1e-6)
 
 
 def test_draw_at_a_border_takes_the_next_id():
-    """[0, 1/2) is the first id's, [1/2, 1) the second's."""
+    """[0, 1/2) gives the first id, [1/2, 1) the second."""
     ids, _ = draw(torch.zeros(2, 2, dtype=torch.float64), torch.tensor([0.5, np.nextafter(0.5, 0)]), 1.0)
     assert ids.tolist() == [1, 0]
 
@@ -373,7 +337,7 @@ def test_draw_divides_by_the_temperature():
 
 
 def test_draw_reproduces_a_distribution():
-    """An even grid of 1000 numbers gives each id its share, to one of the grid."""
+    """An even grid of 1000 numbers gives each id its share, up to one number."""
     logits = 2 * torch.randn(1, 7, generator=torch.Generator().manual_seed(0)).double()
     ids, _ = draw(logits.expand(1000, 7), (torch.arange(1000) + 0.5) / 1000, 1.0)
     share = ids.bincount(minlength=7) / 1000
@@ -381,8 +345,8 @@ def test_draw_reproduces_a_distribution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_draw_never_takes_what_cannot_be(dtype):
-    """Ids of probability 0 at both ends, the least and the largest number below 1."""
+def test_draw_never_takes_an_id_of_probability_zero(dtype):
+    """Such ids lie at both ends. The uniform numbers are 0 and the largest number below 1."""
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[:, :3] = logits[:, -3:] = -math.inf
     for uniform in (0.0, float(np.nextafter(np.float32(1), np.float32(0)))):
@@ -391,43 +355,9 @@ def test_draw_never_takes_what_cannot_be(dtype):
 
 
 def test_draw_at_temperature_zero_takes_the_largest():
-    """And scores it at temperature 1."""
+    """It scores the id at temperature 1."""
     ids, logprobs = draw(torch.tensor([[1.0, 5, 2]]).log(), torch.tensor([0.99]), 0)
     assert ids.tolist() == [1] and logprobs.item() == pytest.approx(math.log(5 / 8))
-
-
-NARROW = [  # probabilities 1, 4, 3, 2 of 10; which ids may be drawn
-    (1.0, 0, {0, 1, 2, 3}), (1.0, 1, {1}), (1.0, 2, {1, 2}), (1.0, 9, {0, 1, 2, 3}), (0.3, 0, {1}), (0.45, 0, {1, 2}),
-    (0.65, 0, {1, 2}), (0.75, 0, {1, 2, 3}), (0.95, 0, {0, 1, 2, 3}),
-    (0.5, 2, {1}), (0.6, 2, {1, 2})]  # 4 of the 7 that top-k leaves are a share of 0.57
-
-
-@pytest.mark.parametrize("top_p, top_k, want", NARROW)
-def test_draw_from_the_likeliest_by_hand(top_p, top_k, want):
-    """The ids left keep their proportions; the log-probability is that of a draw from all of them."""
-    p, n = torch.tensor([1.0, 4, 3, 2]).double() / 10, 1000
-    ids, logprobs = draw(p.log().expand(n, 4), (torch.arange(n) + 0.5) / n, 1.0, top_p, top_k)
-    assert set(ids.tolist()) == want
-    share, left = ids.bincount(minlength=4) / n, p * torch.tensor([i in want for i in range(4)])
-    assert (share - left / left.sum()).abs().max() < 1.01e-3
-    assert torch.allclose(logprobs, p.log()[ids])
-
-
-def test_narrowing_comes_after_the_temperature():
-    """At 0.5 the probabilities 1, 4, 3, 2 become 1, 16, 9, 4 of 30: a share of 0.5 is one id's."""
-    ids, _ = draw(torch.tensor([1.0, 4, 3, 2]).log().expand(9, 4), torch.arange(9) / 9, 0.5, top_p=0.5)
-    assert set(ids.tolist()) == {1}
-
-
-def test_a_sampler_may_be_told_to_narrow(tiny):
-    """With one id left it says what it says greedily, whatever numbers it draws with."""
-    said = []
-    for temperature, top_k in ((1.0, 1), (0, 0)):
-        sampler = make_sampler(tiny(), 1, stops=())
-        sampler.top_k = top_k
-        sampler.open([[3, 4, 5]])
-        said.append(sampler.sample([0], [20], np.random.default_rng(0).random((1, 20)), temperature)[0][0])
-    assert said[0] == said[1]
 
 
 # --------------------------------------------------------------------------------------------- sampler
@@ -437,159 +367,169 @@ def make_sampler(model, rows, slots=160, stops=STOPS):
     return Sampler(model, SimpleNamespace(stop_ids=set(stops)), rows, slots)
 
 
+def open_all(sampler, prompts, copies=1):
+    """Open conversations -> all ids of each so far, by conversation, in the order of the prompts."""
+    contexts = [list(prompt) for prompt in prompts for _ in range(copies)]
+    return dict(zip(sampler.open(prompts, copies), contexts, strict=True))
+
+
+def append(sampler, contexts, conversation, ids):
+    """Append an observation to a conversation, and to its context."""
+    sampler.append(conversation, ids)
+    contexts[conversation] += ids
+
+
 def check_turn(model, sampler, contexts, conversations, limits, uniforms, temperature=1.0, stops=STOPS):
-    """Sample one turn; each conversation must say what it says alone. Contexts grow by what was said."""
-    said = sampler.sample(conversations, limits, uniforms, temperature)
-    for c, limit, line, (ids, logprobs) in zip(conversations, limits, uniforms, said, strict=True):
-        want, scores = slow_speak(model, contexts[c], line, limit, temperature, stops)
+    """Sample one turn. Each conversation must get the ids that it gets alone. Contexts grow by the new ids."""
+    turns = sampler.sample(conversations, limits, uniforms, temperature)
+    for c, limit, line, (ids, logprobs) in zip(conversations, limits, uniforms, turns, strict=True):
+        want, scores = slow_sample(model, contexts[c], line, limit, temperature, stops)
         assert ids == want
         assert logprobs == pytest.approx(scores, abs=1e-9)
         contexts[c] += ids
-    return said
+        assert c.pending == ids[-1:]
+        assert c.filled == sampler.cache.length[c.row] == len(contexts[c]) - 1
+    return turns
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
-def test_a_row_says_in_a_batch_what_it_says_alone(tiny, temperature):
-    """Three ragged turns, ragged observations between them; temperature 0 is the argmax of a forward pass."""
+def test_a_batch_gives_each_row_what_it_gets_alone(tiny, temperature):
+    """Three ragged turns with ragged observations between them. Temperature 0 is the argmax of a forward pass."""
     model, rng = tiny(), np.random.default_rng(4)
-    contexts = [random_ids(rng, n) for n in (9, 2, 5, 14)]
     sampler = make_sampler(model, 4)
-    assert sampler.open(contexts) == [0, 1, 2, 3]
-    for heard in ((0, 0, 0, 0), (1, 9, 3, 0), (12, 1, 2, 6)):
-        for c, n in enumerate(heard):
-            observation = random_ids(rng, n)
-            sampler.append(c, observation)
-            contexts[c] += observation
-        check_turn(model, sampler, contexts, [0, 1, 2, 3], [12, 9, 12, 3], rng.random((4, 12)), temperature)
+    contexts = open_all(sampler, [random_ids(rng, n) for n in (9, 2, 5, 14)])
+    assert list(contexts) == sampler.rows
+    for lengths in ((0, 0, 0, 0), (1, 9, 3, 0), (12, 1, 2, 6)):
+        for c, n in zip(contexts, lengths, strict=True):
+            append(sampler, contexts, c, random_ids(rng, n))
+        check_turn(model, sampler, contexts, list(contexts), [12, 9, 12, 3], rng.random((4, 12)), temperature)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_conversations_come_and_go_in_any_order(tiny, seed):
-    """Any of them, in any order, with or without an observation; new ones may be opened in between."""
+def test_conversations_may_be_sampled_in_any_order(tiny, seed):
+    """Any of them, in any order, with or without an observation. New ones are opened in between."""
     model, rng = tiny(seed=seed), np.random.default_rng(seed)
-    contexts = [random_ids(rng, n) for n in rng.integers(2, 12, 5)]
     sampler = make_sampler(model, 8)
-    sampler.open(contexts)
+    everybody = list(sampler.rows)
+    contexts = open_all(sampler, [random_ids(rng, n) for n in rng.integers(2, 12, 5)])
     for turn in range(5):
         if turn == 2:
-            more = [random_ids(rng, n) for n in rng.integers(2, 12, 2)]
-            assert sampler.open(more) == [5, 6]
-            contexts += more
-        chosen = rng.permutation(len(contexts))[:rng.integers(1, len(contexts) + 1)].tolist()
+            contexts |= open_all(sampler, [random_ids(rng, n) for n in rng.integers(2, 12, 2)])
+            assert list(contexts) == everybody[:7] and sampler.unused == everybody[7:]
+        chosen = rng.permutation(len(contexts))[:rng.integers(1, len(contexts) + 1)]
+        chosen = [everybody[i] for i in chosen]
         for c in chosen:
-            observation = random_ids(rng, rng.integers(0, 9))
-            sampler.append(c, observation)
-            contexts[c] += observation
+            append(sampler, contexts, c, random_ids(rng, rng.integers(0, 9)))
         limits = rng.integers(1, 8, len(chosen)).tolist()
         check_turn(model, sampler, contexts, chosen, limits, rng.random((len(chosen), max(limits))))
-        assert [sampler.holder[row] for row in sampler.place] == list(range(8))
+        assert set(sampler.rows) == set(everybody) and [c.row for c in sampler.rows] == list(range(8))
 
 
 def test_an_early_end_then_a_long_observation(tiny):
-    """Row 0 says one token, row 1 twenty; then row 0 hears fifteen and both go on."""
+    """Row 0 samples 1 token and row 1 samples 20. Then row 0 gets 15 ids, and both go on."""
     model, rng = tiny(), np.random.default_rng(0)
-    contexts, sampler = [random_ids(rng, 6), random_ids(rng, 4)], make_sampler(model, 2, stops=())
-    sampler.open(contexts)
-    check_turn(model, sampler, contexts, [0, 1], [1, 20], rng.random((2, 20)), stops=())
-    observation = random_ids(rng, 15)
-    sampler.append(0, observation)
-    contexts[0] += observation
-    check_turn(model, sampler, contexts, [0, 1], [5, 5], rng.random((2, 5)), stops=())
+    sampler = make_sampler(model, 2, stops=())
+    contexts = open_all(sampler, [random_ids(rng, 6), random_ids(rng, 4)])
+    both = list(contexts)
+    check_turn(model, sampler, contexts, both, [1, 20], rng.random((2, 20)), stops=())
+    append(sampler, contexts, both[0], random_ids(rng, 15))
+    check_turn(model, sampler, contexts, both, [5, 5], rng.random((2, 5)), stops=())
 
 
-def test_copies_are_rows_opened_one_by_one(tiny):
-    """Forks of two prompts, after another conversation is open already, are independent of each other."""
+def test_copies_equal_rows_opened_one_by_one(tiny):
+    """Copies of two prompts are independent of each other. Another conversation was opened before."""
     model, rng = tiny(), np.random.default_rng(7)
     first, prompts = random_ids(rng, 11), [random_ids(rng, 8), random_ids(rng, 3)]
     sampler = make_sampler(model, 7)
-    sampler.open([first])
-    assert sampler.open(prompts, copies=3) == [1, 2, 3, 4, 5, 6]
-    contexts = [first] + [list(prompt) for prompt in prompts for _ in range(3)]
-    for chosen in ([6, 1, 3, 2, 0], [4, 5, 6, 1], [0, 1, 2, 3, 4, 5, 6]):
+    everybody = list(sampler.rows)
+    contexts = open_all(sampler, [first]) | open_all(sampler, prompts, copies=3)
+    assert list(contexts) == everybody
+    for numbers in ([6, 1, 3, 2, 0], [4, 5, 6, 1], [0, 1, 2, 3, 4, 5, 6]):
+        chosen = [everybody[i] for i in numbers]
         check_turn(model, sampler, contexts, chosen, [6] * len(chosen), rng.random((len(chosen), 6)))
-    assert len({tuple(context) for context in contexts}) == 7
+    assert len({tuple(context) for context in contexts.values()}) == 7
 
 
-def test_more_prompts_than_are_read_at_once(tiny):
+def test_more_prompts_than_one_prefill_takes(tiny):
     model, rng = tiny(), np.random.default_rng(3)
-    contexts, sampler = [random_ids(rng, n) for n in rng.integers(2, 20, 40)], make_sampler(model, 40)
-    sampler.open(contexts)
-    check_turn(model, sampler, contexts, list(range(40)), [2] * 40, rng.random((40, 2)))
+    sampler = make_sampler(model, 40)
+    contexts = open_all(sampler, [random_ids(rng, n) for n in rng.integers(2, 20, 40)])
+    check_turn(model, sampler, contexts, list(contexts), [2] * 40, rng.random((40, 2)))
 
 
-def test_a_sampler_that_was_reset_is_as_new(tiny):
+def test_a_sampler_after_reset_is_as_new(tiny):
     model, rng = tiny(), np.random.default_rng(5)
     sampler = make_sampler(model, 3, slots=40)
-    sampler.open([random_ids(rng, 30) for _ in range(3)])
-    sampler.sample([2, 0], [5, 9], rng.random((2, 9)))
+    old = sampler.open([random_ids(rng, 30) for _ in range(3)])
+    sampler.sample([old[2], old[0]], [5, 9], rng.random((2, 9)))
     sampler.reset()
-    contexts = [random_ids(rng, n) for n in (4, 7, 2)]
-    assert sampler.open(contexts) == [0, 1, 2]
-    check_turn(model, sampler, contexts, [0, 1, 2], [8, 8, 8], rng.random((3, 8)))
+    contexts = open_all(sampler, [random_ids(rng, n) for n in (4, 7, 2)])
+    assert list(contexts) == sampler.rows and not set(old) & set(contexts)
+    check_turn(model, sampler, contexts, list(contexts), [8, 8, 8], rng.random((3, 8)))
 
 
 @pytest.mark.parametrize("lengths", [(1, 4), (1, 1)])
 def test_a_prompt_may_be_one_token(tiny, lengths):
     model, rng = tiny(), np.random.default_rng(2)
-    contexts, sampler = [random_ids(rng, n) for n in lengths], make_sampler(model, 2)
-    sampler.open(contexts)
-    check_turn(model, sampler, contexts, [0, 1], [5, 5], rng.random((2, 5)))
+    sampler = make_sampler(model, 2)
+    contexts = open_all(sampler, [random_ids(rng, n) for n in lengths])
+    check_turn(model, sampler, contexts, list(contexts), [5, 5], rng.random((2, 5)))
 
 
-@pytest.mark.parametrize("heard, limits", [(0, [2, 10]), (8, [2, 2])], ids=["sampling", "reading"])
-def test_a_long_row_leaves_the_short_ones_their_room(tiny, heard, limits):
-    """Slots are counted for each row: of these none needs more than 16, though the longest row and the most
-    new ids, which aren't the same row's, add up to more."""
+@pytest.mark.parametrize("new, limits", [(0, [2, 10]), (8, [2, 2])], ids=["sampling", "prefill"])
+def test_a_long_row_takes_no_slots_from_a_short_one(tiny, new, limits):
+    """Slots are counted per row. No row needs more than 16 here. But the longest row plus the most new ids, which
+    belong to another row, is more than 16."""
     model, rng = tiny(), np.random.default_rng(6)
-    contexts, sampler = [random_ids(rng, 12), random_ids(rng, 3)], make_sampler(model, 2, slots=16, stops=())
-    sampler.open(contexts)
-    observation = random_ids(rng, heard)
-    sampler.append(1, observation)
-    contexts[1] += observation
-    check_turn(model, sampler, contexts, [0, 1], limits, rng.random((2, 10)), stops=())
+    sampler = make_sampler(model, 2, slots=16, stops=())
+    contexts = open_all(sampler, [random_ids(rng, 12), random_ids(rng, 3)])
+    long, short = contexts
+    append(sampler, contexts, short, random_ids(rng, new))
+    check_turn(model, sampler, contexts, [long, short], limits, rng.random((2, 10)), stops=())
 
 
 def test_a_row_may_fill_the_cache_to_its_last_slot(tiny):
-    """4 read, 3 said, 5 heard, 2 said; only the very last id is never fed back."""
+    """Prompt 4, sampled 3, observation 5, sampled 2. Only the very last id is never fed to the model."""
     model, rng = tiny(), np.random.default_rng(9)
-    contexts, sampler = [random_ids(rng, 4)], make_sampler(model, 1, slots=13, stops=())
-    sampler.open(contexts)
-    check_turn(model, sampler, contexts, [0], [3], rng.random((1, 3)), stops=())
-    observation = random_ids(rng, 5)
-    sampler.append(0, observation)
-    contexts[0] += observation
-    check_turn(model, sampler, contexts, [0], [2], rng.random((1, 2)), stops=())
+    sampler = make_sampler(model, 1, slots=13, stops=())
+    contexts = open_all(sampler, [random_ids(rng, 4)])
+    check_turn(model, sampler, contexts, sampler.rows, [3], rng.random((1, 3)), stops=())
+    append(sampler, contexts, sampler.rows[0], random_ids(rng, 5))
+    check_turn(model, sampler, contexts, sampler.rows, [2], rng.random((1, 2)), stops=())
+    assert sampler.rows[0].filled == 13
 
 
 def test_a_row_that_outgrows_the_cache_is_refused(tiny):
     sampler = make_sampler(tiny(), 1, slots=8, stops=())
-    sampler.open([[3, 4, 5, 6]])
-    with pytest.raises(AssertionError, match="8 slots"):
-        sampler.sample([0], [9], np.full((1, 9), 0.5))
+    opened = sampler.open([[3, 4, 5, 6]])
+    with pytest.raises(AssertionError, match="limit 9: KV cache of 8 slots, 12 needed"):
+        sampler.sample(opened, [9], np.full((1, 9), 0.5))
 
 
 def test_limits_are_kept_and_stop_ids_end_a_turn(tiny):
-    """A turn has its stop id, if any, at its end and nowhere else; a shorter one than its limit has one.
-    A high temperature lets all of that occur."""
+    """A stop id may only be the last id of a turn. A turn below its limit ends with a stop id. The temperature is
+    high, so all cases occur."""
     model, rng = tiny(), np.random.default_rng(8)
     sampler, limits = make_sampler(model, 60), rng.integers(1, 40, 60).tolist()
-    sampler.open([random_ids(rng, 5)], copies=60)
-    said = [ids for ids, _ in sampler.sample(list(range(60)), limits, rng.random((60, 40)), 4.0)]
-    assert all(1 <= len(ids) <= limit for ids, limit in zip(said, limits))
-    assert not {i for ids in said for i in ids[:-1]} & set(STOPS)
-    assert {ids[-1] for ids, limit in zip(said, limits) if len(ids) < limit} == set(STOPS)
-    assert any(len(ids) == limit and ids[-1] not in STOPS for ids, limit in zip(said, limits))
+    opened = sampler.open([random_ids(rng, 5)], copies=60)
+    turns = [ids for ids, _ in sampler.sample(opened, limits, rng.random((60, 40)), 4.0)]
+    pairs = list(zip(turns, limits, strict=True))
+    assert all(1 <= len(ids) <= limit for ids, limit in pairs)
+    assert not {i for ids in turns for i in ids[:-1]} & set(STOPS)
+    assert {ids[-1] for ids, limit in pairs if len(ids) < limit} == set(STOPS)
+    assert any(len(ids) == limit and ids[-1] not in STOPS for ids, limit in pairs)
 
 
 @pytest.mark.parametrize("name, length", [("<|im_end|>", 1), ("<|endoftext|>", 1), ("<|im_start|>", 6)])
 def test_both_ends_of_qwen_stop_a_row(tiny, tokenizer, monkeypatch, name, length):
-    """Forced by a huge logit, the id ends the turn and is kept; another control token doesn't end it."""
+    """A huge logit forces the id. A stop id ends the turn and is kept. Another control token does not end it."""
     model, forced = tiny(vocab=tokenizer.size), tokenizer.control[name]
     boost = 99.0 * (torch.arange(tokenizer.size) == forced)
     monkeypatch.setattr(model, "head", lambda states, head=model.head: head(states) + boost)
     sampler = Sampler(model, tokenizer, 2, 32)
-    sampler.open([[3, 4, 5], [6, 7]])
-    assert [ids for ids, _ in sampler.sample([0, 1], [6, 6], np.full((2, 6), 0.3))] == [[forced] * length] * 2
+    opened = sampler.open([[3, 4, 5], [6, 7]])
+    turns = sampler.sample(opened, [6, 6], np.full((2, 6), 0.3))
+    assert [ids for ids, _ in turns] == [[forced] * length] * 2
 
 
 def test_no_prompt_opens_no_conversation(tiny):
@@ -597,15 +537,19 @@ def test_no_prompt_opens_no_conversation(tiny):
 
 
 def test_more_conversations_than_rows_are_refused(tiny):
+    """Also when some rows are taken already."""
     sampler = make_sampler(tiny(), 5)
-    with pytest.raises(AssertionError, match="room for 5"):
+    with pytest.raises(AssertionError, match="6 conversations, but only 5 rows are free"):
         sampler.open([[3, 4], [5, 6]], copies=3)
+    sampler.open([[3, 4]], copies=3)
+    with pytest.raises(AssertionError, match="3 conversations, but only 2 rows are free"):
+        sampler.open([[3, 4]], copies=3)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_id_without_a_token_is_neither_sampled_nor_scored(tiny, tied, temperature):
-    """Embedding rows above the tokenizer's ids, here made the likeliest by far."""
+    """The embedding has rows above the tokenizer's ids. They are made the likeliest by far here."""
     model, rng = tiny(tied=tied, known_ids=30), np.random.default_rng(0)
     weight = model.model["embed_tokens"].weight if tied else model.lm_head.weight
     weight.data[30:] *= 100
@@ -616,9 +560,8 @@ def test_an_id_without_a_token_is_neither_sampled_nor_scored(tiny, tied, tempera
     want = (states @ weight[:30].T).log_softmax(-1)[0, torch.arange(7), ids[0, 1:]]
     assert distance(got[0, 1:], want) < 1e-12
     sampler = make_sampler(model, 1, stops=())
-    sampler.open(ids.tolist())
-    said, _ = sampler.sample([0], [40], rng.random((1, 40)), temperature)[0]
-    assert len(said) == 40 and max(said) < 30
+    new, _ = sampler.sample(sampler.open(ids.tolist()), [40], rng.random((1, 40)), temperature)[0]
+    assert len(new) == 40 and max(new) < 30
 
 
 # ----------------------------------------------------------------------------- scoring what was sampled
@@ -630,22 +573,22 @@ def sampled_batch(model, temperature):
     ids = [random_ids(rng, n) for n in (3, 10, 6, 4)]
     mask, scores = ([[0.0] * len(row) for row in ids] for _ in range(2))
     sampler = make_sampler(model, 4)
-    sampler.open(ids)
+    opened = sampler.open(ids)
     for chosen in ([0, 1, 2, 3], [3, 1], [2, 3, 0]):
         uniforms = rng.random((len(chosen), 12), dtype=np.float32)
-        said = sampler.sample(chosen, [12] * len(chosen), uniforms, temperature)
-        for c, (new, logprobs) in zip(chosen, said):
+        turns = sampler.sample([opened[i] for i in chosen], [12] * len(chosen), uniforms, temperature)
+        for i, (new, logprobs) in zip(chosen, turns, strict=True):
             observation = random_ids(rng, rng.integers(1, 9))
-            sampler.append(c, observation)
-            ids[c] = ids[c] + new + observation
-            mask[c] += [1.0] * len(new) + [0.0] * len(observation)
-            scores[c] += logprobs + [0.0] * len(observation)
+            sampler.append(opened[i], observation)
+            ids[i] = ids[i] + new + observation
+            mask[i] += [1.0] * len(new) + [0.0] * len(observation)
+            scores[i] += logprobs + [0.0] * len(observation)
     return pad(ids), pad(mask).bool(), pad(scores)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6)])
-def test_the_trainer_scores_what_the_sampler_said(tiny, temperature, dtype, tolerance):
+def test_token_logprobs_agree_with_the_sampler(tiny, temperature, dtype, tolerance):
     model = tiny(dtype=dtype, tied=False)
     ids, mask, sampled = sampled_batch(model, temperature)
     scored, _ = token_logprobs(model, ids, mask, temperature)
@@ -678,8 +621,7 @@ def test_entropy_of_an_even_model_is_the_log_of_its_ids(tiny):
 
 
 def state_gradients(model, ids, mask):
-    """Gradient of the summed log-probabilities with respect to the final states (B, T, D), which the logits
-    are a linear image of."""
+    """Gradient of the summed log-probabilities with respect to the final states (B, T, D)."""
     caught = []
 
     def catch(module, args, states):
@@ -693,7 +635,7 @@ def state_gradients(model, ids, mask):
 
 
 def test_a_completion_of_one_token_trains_one_position(tiny):
-    """Row 0: the position before the completion, and no other. Row 1: nothing. Row 2: two apart."""
+    """Only the position before a scored token gets a gradient. Row 0 has one such token, row 1 none, row 2 two."""
     ids = torch.tensor([random_ids(np.random.default_rng(i), 8) for i in range(3)])
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[0, 5] = mask[2, 3] = mask[2, 7] = True
@@ -717,8 +659,8 @@ def padded_scores(model, filler):
 
 
 @pytest.mark.parametrize("filler", [1, 2, 17, 39])
-def test_the_padding_id_is_of_no_consequence(tiny, filler):
-    """Not to the numbers, not to one gradient; 1 and 2 are stop ids."""
+def test_the_padding_id_does_not_matter(tiny, filler):
+    """Scores and gradients are the same for every padding id. 1 and 2 are stop ids."""
     for got, want in zip(padded_scores(tiny(), filler), padded_scores(tiny(), 0), strict=True):
         assert (got - want).abs().max() < 1e-12
 
@@ -745,11 +687,12 @@ def same_weights(a, b):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_it_is_the_same(tiny, tokenizer, tmp_path, tied, dtype):
+def test_a_saved_model_loads_as_it_was(tiny, tokenizer, tmp_path, tied, dtype):
     model = tiny(tokenizer.size + 9, tied=tied, dtype=dtype)
     save_model(model, tokenizer, tmp_path)
-    loaded = load_model(tmp_path, dtype=dtype)
+    loaded, read = load(tmp_path, dtype=dtype)
     assert same_weights(model, loaded) and loaded.config == model.config
+    assert (read.size, read.stop_ids, read.files) == (tokenizer.size, tokenizer.stop_ids, tokenizer.files)
     assert loaded.head(loaded(torch.tensor([[3]]))).shape[-1] == loaded.known_ids == tokenizer.size
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
@@ -758,11 +701,11 @@ def test_saved_and_loaded_it_is_the_same(tiny, tokenizer, tmp_path, tied, dtype)
 def test_loading_converts_to_the_dtype_asked_for(tiny, tokenizer, tmp_path):
     model = tiny(tokenizer.size, dtype=torch.bfloat16)
     save_model(model, tokenizer, tmp_path)
-    assert same_weights(load_model(tmp_path), model.float())
+    assert same_weights(load(tmp_path)[0], model.float())
 
 
 def test_a_saved_folder_is_whole(folder, tokenizer):
-    """Model type, shape, dtype, stop ids where others look; the tokenizer's files, chat template included."""
+    """Model type, shape and dtype, stop ids in generation_config.json, the tokenizer's files with chat template."""
     want = {"model_type": "qwen2", "torch_dtype": "float32", "rms_norm_eps": 1e-2, "rope_theta": 100}
     assert want.items() <= json.loads((folder / "config.json").read_text()).items()
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
@@ -773,14 +716,15 @@ def test_a_saved_folder_is_whole(folder, tokenizer):
 
 
 def test_a_chat_template_in_a_file_of_its_own_is_kept(folder, tmp_path):
-    """As newer writers of the format have it."""
+    """Newer folders have it there."""
     (folder / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
-    save_model(load_model(folder), Tokenizer(folder), tmp_path / "saved")
+    save_model(*load(folder), tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_bytes() == "{{ 'é' }}\r\n".encode()
 
 
 def shard(folder):
-    """Two shards and their index; beside them two strays, one of other numbers and one of none."""
+    """Split the weights into two shards with an index. Beside them lie two files that the index does not name: one
+    with other numbers and one that is no safetensors file."""
     weights = load_file(folder / "model.safetensors")
     files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     for file in set(files.values()):
@@ -790,20 +734,31 @@ def shard(folder):
     (folder / "model-00003-of-00002.safetensors").write_bytes(b"stray")
 
 
-def test_shards_are_read_by_their_index(folder):
-    whole = load_model(folder)
+def test_the_files_that_the_index_names_are_read_and_no_other(folder):
+    whole = load(folder)[0]
     shard(folder)
-    assert same_weights(load_model(folder), whole)
+    assert same_weights(load(folder)[0], whole)
 
 
-def test_a_tied_head_may_stand_twice(folder):
-    whole = load_model(folder)
-    edit_weights(folder, lambda w: w.update({"lm_head.weight": w[EMBED].clone()}))
-    assert same_weights(load_model(folder), whole)
+def test_the_index_only_names_files(folder):
+    """Which tensor lies in which file is read from the files. A missing or a wrong entry changes nothing."""
+    whole = load(folder)[0]
+    edit_index(folder, lambda i: (i["weight_map"].pop(BIAS), i["weight_map"].update(x=i["weight_map"][UP])))
+    assert same_weights(load(folder)[0], whole)
+
+
+def test_a_tied_head_may_be_stored_too(folder):
+    """Also in a second shard."""
+    whole = load(folder)[0]
+    edit_weights(folder, lambda w: w.update({HEAD: w[EMBED].clone()}))
+    assert same_weights(load(folder)[0], whole)
+    shard(folder)
+    edit_weights(folder, lambda w: w.update({HEAD: w[list(w)[0]].clone()}), other_shard(folder, HEAD))
+    assert same_weights(load(folder)[0], whole)
 
 
 def test_rope_theta_may_stand_among_the_rope_parameters(folder):
-    """As newer writers of the format have it."""
+    """Newer folders have it there."""
     rope = {"rope_theta": 50.0, "rope_type": "default"}
     edit_json(folder / "config.json", rope_theta=None, rope_parameters=rope)
     assert ModelConfig.read(folder).rope_theta == 50
@@ -815,10 +770,10 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
 
 
-def edit_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
+def edit_weights(folder, change, name="model.safetensors"):
+    weights = load_file(folder / name)
     change(weights)
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / name)
 
 
 def edit_index(folder, change):
@@ -858,6 +813,29 @@ def lose_shard(folder):
     (folder / SHARD).unlink()
 
 
+def other_shard(folder, name):
+    """The name of the shard that does not hold this tensor."""
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return next(file for file in weight_map.values() if file != weight_map[name])
+
+
+def store_twice(folder):
+    """The same tensor in both shards."""
+    weight = load_file(folder / "model.safetensors")[UP]
+    shard(folder)
+    edit_weights(folder, lambda w: w.update({UP: weight}), other_shard(folder, UP))
+
+
+def add_to_shard(folder):
+    shard(folder)
+    edit_weights(folder, lambda w: w.update({EXTRA: torch.ones(3)}), SHARD)
+
+
+def forget_shard(folder):
+    """The index names one shard only. The other shard lies there unnamed."""
+    edit_index(folder, lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], SHARD)))
+
+
 def forget_control(folder):
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     edit_json(folder / "tokenizer.json", added_tokens=[t for t in added if t["content"] != "<|im_end|>"])
@@ -868,10 +846,11 @@ def shrink(folder):
     edit_weights(folder, lambda w: w.update({EMBED: w[EMBED][:40].clone()}))
 
 
-EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EXTRA = "model.layers.2.mlp.up_proj.weight"  # there are two layers only, 0 and 1
 SHARD = "model-00002-of-00002.safetensors"
 BIAS, UP = "model.layers.1.self_attn.k_proj.bias", "model.layers.0.mlp.up_proj.weight"
-BROKEN = {  # what was done to a good folder, what the message must name
+BROKEN = {  # the change to a good folder, and the word that the message must contain
     "no such folder": (shutil.rmtree, "config.json"),
     "no config": (without("config.json"), "config.json"),
     "config is no JSON": (text("config.json", '{"model_type": "qwen2",'), "config.json"),
@@ -894,34 +873,34 @@ BROKEN = {  # what was done to a good folder, what the message must name
     "weights cut short": (truncate, "model.safetensors"),
     "weights are text": (text("model.safetensors", "version https://git-lfs"), "model.safetensors"),
     "a tensor missing": (weights(lambda w: w.pop(NORM)), NORM),
-    "a tensor too many": (weights(lambda w: w.update({"model.layers.2.mlp.up_proj.weight": w[UP].clone()})),
-                          "model.layers.2.mlp.up_proj.weight"),
+    "a tensor too many": (weights(lambda w: w.update({EXTRA: w[UP].clone()})), EXTRA),
     "a shape turned round": (weights(lambda w: w.update({UP: w[UP].T.contiguous()})), UP),
     "a shape that would broadcast": (weights(lambda w: w.update({BIAS: w[BIAS][:1].clone()})), BIAS),
-    "integers": (weights(lambda w: w.update({BIAS: w[BIAS].to(torch.int8)})), BIAS),
+    "integers": (weights(lambda w: w.update({BIAS: w[BIAS].to(torch.int8)})), f"{BIAS} (torch.int8)"),
     "a NaN": (weights(lambda w: w[UP][3].fill_(math.nan)), UP),
     "an infinity": (weights(lambda w: w[NORM][:1].fill_(-math.inf)), NORM),
-    "untied without a head": (config(tie_word_embeddings=False), "lm_head.weight"),
+    "untied without a head": (config(tie_word_embeddings=False), HEAD),
     "a shard missing": (lose_shard, SHARD),
-    "an entry missing": (index(lambda i: i["weight_map"].pop(BIAS)), BIAS),
-    "an entry too many": (index(lambda i: i["weight_map"].update(x=i["weight_map"][UP])), " x "),
-    "entries in the wrong shard": (
-        index(lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], SHARD))), SHARD),
+    "a shard that the index does not name": (forget_shard, "no tensor model."),
+    "a tensor in two shards": (store_twice, f"{UP} is not a tensor of this model, or it is stored twice"),
+    "a tensor too many in a shard": (add_to_shard, EXTRA),
+    "an index of names that are no strings": (index(lambda i: i["weight_map"].update({UP: 1})), "weight_map"),
     "an index without a map": (index(lambda i: i.pop("weight_map")), "weight_map"),
     "no tokenizer": (without("tokenizer.json"), "tokenizer.json"),
     "a tokenizer that isn't one": (text("tokenizer.json", '{"added_tokens": []}'), "tokenizer.json"),
     "a tokenizer without <|im_end|>": (forget_control, "<|im_end|>"),
     "stop ids are no JSON": (text("generation_config.json", "{"), "generation_config.json"),
+    "a stop id in quotes": (text("generation_config.json", '{"eos_token_id": [1, "2"]}'), "found '2'"),
 }
 
 
 @pytest.mark.parametrize("harm, culprit", BROKEN.values(), ids=BROKEN)
 def test_a_broken_folder_is_refused_in_one_line(folder, harm, culprit):
-    """The good folder loads; the message names the file or key at fault, and the folder."""
-    load_model(folder)
+    """The good folder loads. The message names the file or key at fault, and the folder."""
+    load(folder)
     harm(folder)
     with pytest.raises(InputError) as error:
-        load_model(folder)
+        load(folder)
     message = str(error.value)
     assert culprit in message and str(folder) in message and len(message.splitlines()) == 1
 
@@ -952,7 +931,7 @@ TEXTS = ['{"name": "x", "arguments": {}}\n', "}\n</tool_response>\n  don't 1234"
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_are_joined_before_they_are_encoded(either, text):
-    """Cut at any border they give the same ids; encoded apart, somewhere they wouldn't."""
+    """A text split at any position gives the same ids. Encoded separately, the parts of some splits would not."""
     whole, cuts = either.encode([text]), range(len(text) + 1)
     assert all(either.encode([text[:i], "", text[i:]]) == whole for i in cuts)
     assert any(either.encode([text[:i]]) + either.encode([text[i:]]) != whole for i in cuts)
@@ -965,7 +944,7 @@ def test_decoding_gives_the_text_back(either, text):
 
 
 def test_pieces_encode_as_the_library_encodes_the_whole(either):
-    """An independent reading of it: the library's own, which finds the control tokens itself."""
+    """The reference is the library's own encoding of the joined text: it finds the control tokens in it."""
     start, end, call, call_end = map(Control, ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"))
     pieces = [start, "user\n", "What?", end, "\n", start, "assistant\n", "<think>So.</think>", "\n", call,
               '\n{"name": "mayor", ', '"arguments": {"city": "Äo"}}\n', call_end, end, "\n"]
@@ -975,7 +954,8 @@ def test_pieces_encode_as_the_library_encodes_the_whole(either):
 
 
 def test_control_pieces_are_one_id_and_text_never_is(either):
-    """Whoever wrote it, in whichever parts; <tool_call> too, though the library doesn't call it special."""
+    """No text encodes to a control token, in whichever pieces it comes. This includes <tool_call>, which the
+    library does not call special."""
     names, forbidden = list(either.control), set(either.control.values())
     assert {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"} <= set(names)
     for name in names:
@@ -986,12 +966,12 @@ def test_control_pieces_are_one_id_and_text_never_is(either):
 
 
 def test_the_tags_of_a_call_are_not_special(either):
-    """As in Qwen2.5: a decoder that skips special tokens keeps them."""
+    """As in Qwen2.5, a decoder that skips special tokens keeps them."""
     ids = either.encode([Control("<tool_call>"), "x", Control("</tool_call>"), Control("<|im_end|>")])
     assert either.full.decode(ids, skip_special_tokens=True) == "<tool_call>x</tool_call>"
 
 
-def test_control_pieces_part_the_texts_around_them(either):
+def test_control_pieces_separate_the_texts_around_them(either):
     control = Control("<|im_end|>")
     apart = [*either.encode(["}"]), either.end, *either.encode(["\n\n"])]
     assert either.encode(["}", control, "\n", "\n"]) == apart
@@ -1000,12 +980,13 @@ def test_control_pieces_part_the_texts_around_them(either):
 
 @pytest.mark.parametrize("eos", [None, "one", "list"])
 def test_a_base_checkpoint_stops_at_the_end_of_a_turn_too(tiny, tokenizer, folder, tmp_path, eos):
-    """Its generation_config knows <|endoftext|> alone, as a number or a list; or there is none."""
+    """Its generation_config.json has <|endoftext|> alone, as a number or as a list, or has no stop id."""
     end, text_end = tokenizer.control["<|im_end|>"], tokenizer.control["<|endoftext|>"]
     edit_json(folder / "generation_config.json", eos_token_id={"one": text_end, "list": [text_end]}.get(eos))
     base, want = Tokenizer(folder), {end} if eos is None else {end, text_end}
     assert base.end == end and base.stop_ids == want
-    save_model(load_model(folder), base, tmp_path / "saved")
+    assert load(folder)[1].stop_ids == want
+    save_model(*load(folder), tmp_path / "saved")
     assert Tokenizer(tmp_path / "saved").stop_ids == want
 
 
