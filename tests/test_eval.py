@@ -18,7 +18,8 @@ from agents import Tool, Toolbox, ToolMaker
 from data import InputError
 from data.read import Item, read_questions
 from evaluate import EvalConfig, TracesConfig, evaluate_files
-from model import fingerprint, load_model
+from model import load
+from run import fingerprint
 
 TEXT = {"type": "string"}
 BIRTHPLACE = Tool("birthplace", "Where a person was born.", object_of(person=TEXT), object_of(birthplace=TEXT))
@@ -254,9 +255,9 @@ def test_the_chain_runs_on_a_tiny_random_model(folder, tmp_path, monkeypatch):
             {"thought": "t", "calls": [{"name": "birthplace", "arguments": {"person": "Bo"}}], "observations": [{"birthplace": "x"}]},
             {"thought": "t", "answer": "x"}]}]}) + "\n")
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"Who {i}?", "golden_answers": ["x"]}) + "\n" for i in range(20)))
-    out, before = str(tmp_path / "run"), load_model(folder)
+    out, before = str(tmp_path / "run"), load(folder)[0]
     sft.train(sft.SFTConfig(out=out, model=str(folder), traces=str(tmp_path / "t.jsonl"), steps=2, eval_every=1))
-    moved = [not a.equal(b) for a, b in zip(before.parameters(), load_model(Path(out) / "sft" / "model").parameters())]
+    moved = [not a.equal(b) for a, b in zip(before.parameters(), load(Path(out) / "sft" / "model")[0].parameters())]
     assert sum(moved) > len(moved) / 2
     grpo.train(grpo.GRPOConfig(out=out, data=(str(tmp_path / "q.jsonl"),), steps=1, questions=2, group=2, turn_tokens=8))
     row, = evaluate_files(EvalConfig(out=out, data=(str(tmp_path / "q.jsonl"),), turn_tokens=4))

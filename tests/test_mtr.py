@@ -16,7 +16,7 @@ import evaluate
 import grpo
 import mtr
 from data.world import HELD_OUT, make_questions, make_world, write_sample
-from model import Tokenizer, load_model
+from model import Tokenizer, load
 from sft import COLUMNS as SFT_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ def test_a_seed_gives_the_same_result_twice(run, tmp_path):
     done = program("sft.py", "--out", tmp_path, "--threads", 1, *sum((
         [f"--{k.replace('_', '-')}", v] for k, v in mtr.TOY["sft"].items()), []))
     assert done.returncode == 0, done.stderr
-    first, again = (load_model(folder / "sft" / "model") for folder in (run[0], tmp_path))
+    first, again = (load(folder / "sft" / "model")[0] for folder in (run[0], tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
 
 
@@ -151,7 +151,7 @@ def test_gold_answers_reach_no_prompt_and_change_no_trace(run):
             encode = stage.tokenizer.encode
             stage.tokenizer.encode = lambda pieces: told.append("".join(pieces)) or encode(pieces)
             stage.make_tools(asked)
-            model = load_model(run[0] / "grpo" / "model", stage.device)
+            model = load(run[0] / "grpo" / "model", stage.device)[0]
             rolled = grpo.roll_out(stage, stage.agent(model, 8, 1.0), asked, replace(config, group=2), 0)[0]
             return [trace.ids for trace in [*rolled, *grpo.score_heldout(stage, stage.agent(model, 3, 0.0), asked)[1]]]
 

@@ -30,7 +30,7 @@ from data import InputError
 from data.read import read_questions
 from data.tools import Real
 from grpo import GRPOConfig
-from model import load_model, token_logprobs
+from model import load, token_logprobs
 from run import Run, read_config
 from sft import SFTConfig
 
@@ -160,7 +160,7 @@ def a_model_folder(text, tokenizer, folder):
     """config.json of a checkpoint; what loads must also run."""
     (folder / "config.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     try:
-        model = load_model(folder)
+        model = load(folder)[0]
     except InputError as error:
         assert "\n" not in str(error)
         return "model config: " + ("JSON" if "JSON" in str(error) else "value")
@@ -285,7 +285,7 @@ def test_what_a_model_writes_is_its_own_turn_and_no_more(where, name, tokenizer)
     text = HOSTILE[name].encode("utf-8", "replace").decode()  # no sampler can say a lone surrogate
     said = {"thought": say("Velka").replace("Done.", text), "argument": act(("birthplace", {"person": text})),
             "answer": say(text), "turn": text}[where]
-    ids = [*tokenizer.plain.encode(said).ids, tokenizer.end]
+    ids = [*tokenizer.encode_text(said), tokenizer.end]
     last = say("Velka")
     replies = iter([ids, last])
     trace = play(scripted(tokenizer, lambda context: next(replies)), turn_tokens=2 * LONG, trace_tokens=4 * LONG)

@@ -175,8 +175,8 @@ def test_as_many_worlds_are_imagined_as_asked(stage, tmp_path, monkeypatch):
         raise Made([len(real(*asked)[0][role]) for role in ("agent", "maker")])
     real = sft.teach
     monkeypatch.setattr(sft, "teach", teach)
-    for name in ("load_model", "Tokenizer", "Run"):
-        monkeypatch.setattr(sft, name, lambda *_: SimpleNamespace(finished=False))
+    monkeypatch.setattr(sft, "load", lambda *_: (None, None))
+    monkeypatch.setattr(sft, "Run", lambda *_: SimpleNamespace(finished=False))
     for worlds in (1, 2):
         with pytest.raises(Made) as made:
             stage(SFTConfig(out=str(tmp_path), worlds=worlds))
