@@ -1,8 +1,9 @@
-"""Our Qwen2.5 against transformers' own, on random weights: logits far and near, greedy tokens, folders in both
-directions, the chat template to the byte. Needs tests/requirements-peers.txt.
+"""Our Qwen2.5 against transformers' Qwen2.5 on random weights: logits at low and high positions, greedy tokens,
+folders written by one and read by the other, the chat template byte by byte. Needs tests/requirements-peers.txt.
 
-If MTR_QWEN names a folder with Qwen2.5's tokenizer.json and tokenizer_config.json, these take the place of the tests'
-own, and real OpenAI schemas beside it, in ../tools, that of the miniature's."""
+If MTR_QWEN names a folder with Qwen2.5's tokenizer.json and tokenizer_config.json, these files replace the tests' own
+tokenizer, and the OpenAI schemas in ../tools beside that folder replace the miniature's.
+"""
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import agents  # noqa: E402
 from data.world import RELATIONS, tool_for  # noqa: E402
-from model import KVCache, Sampler, Tokenizer, Window, load_model, save_model  # noqa: E402
+from model import KVCache, Sampler, Tokenizer, Window, load, save_model  # noqa: E402
 
 REAL = os.environ.get("MTR_QWEN")
 SHAPES = [(heads, kv_heads, tied) for heads, kv_heads in ((4, 4), (4, 2), (7, 1)) for tied in (True, False)]
@@ -28,12 +29,12 @@ FAR = 30_000
 
 
 def shape_name(shape):
-    return f"{shape[0] // shape[1]} heads a kv-head, {'' if shape[2] else 'un'}tied"
+    return f"{shape[0] // shape[1]} heads per kv-head, {'' if shape[2] else 'un'}tied"
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=shape_name)
 def pair(request, tokenizer, tmp_path_factory):
-    """transformers' Qwen2 with random weights, biases and norms, and ours, read from the shards that it wrote."""
+    """transformers' Qwen2 with random weights, biases and norms, and ours, loaded from its shards."""
     heads, kv_heads, tied = request.param
     config = Qwen2Config(vocab_size=tokenizer.size + 12, hidden_size=16 * heads, intermediate_size=96,
                          num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -48,7 +49,7 @@ def pair(request, tokenizer, tmp_path_factory):
     assert len(list(folder.glob("*.safetensors"))) > 1
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
-    return load_model(folder), theirs
+    return load(folder)[0], theirs
 
 
 def random_ids(model, *shape):
@@ -56,7 +57,7 @@ def random_ids(model, *shape):
 
 
 def largest_gap(ours, theirs):
-    """Over the ids that the tokenizer has; the logits are such that the bound means something."""
+    """Largest difference over the ids that the tokenizer has. The logits are large enough for the bound to matter."""
     theirs = theirs[..., :ours.shape[-1]]
     assert ours.shape == theirs.shape and theirs.std() > 1
     return float((ours - theirs).abs().max())
@@ -71,7 +72,7 @@ def test_logits_at_512_tokens(pair):
 
 @torch.no_grad()
 def test_logits_past_position_30000_behind_a_cache(pair):
-    """256 tokens at the start, then 64 at 30,000, which see those, themselves and nothing between."""
+    """256 tokens from position 0, then 64 from position 30,000. The mask hides the slots between."""
     ours, theirs = pair
     near, far = random_ids(ours, 1, 256), random_ids(ours, 1, 320)[:, 256:]
     cache = KVCache(ours, 1, FAR + 64)
@@ -91,14 +92,14 @@ def test_logits_past_position_30000_behind_a_cache(pair):
 
 @torch.no_grad()
 def test_64_greedy_tokens(pair):
-    """Ours side by side from two prompts of unequal length, theirs one after the other."""
+    """Two prompts of different length: one batch for ours, one prompt at a time for theirs."""
     ours, theirs = pair
     prompts = [random_ids(ours, 40).tolist(), random_ids(ours, 9).tolist()]
     sampler = Sampler(ours, SimpleNamespace(stop_ids={-1}), 2, 128)
-    said = sampler.sample(sampler.open(prompts), [64, 64], np.zeros((2, 64)), temperature=0)
+    turns = sampler.sample(sampler.open(prompts), [64, 64], np.zeros((2, 64)), temperature=0)
     theirs.lm_head.bias = torch.nn.Parameter(torch.zeros(theirs.config.vocab_size))
-    theirs.lm_head.bias[ours.known_ids:] = -torch.inf  # ids without a token, which ours never says
-    for prompt, (got, _) in zip(prompts, said):
+    theirs.lm_head.bias[ours.known_ids:] = -torch.inf  # ids without a token, which ours never samples
+    for prompt, (got, _) in zip(prompts, turns, strict=True):
         want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
                                max_new_tokens=64, pad_token_id=0)[0, len(prompt):].tolist()
         assert got == want and len(got) == 64 and len(set(got)) > 8
@@ -107,12 +108,12 @@ def test_64_greedy_tokens(pair):
 
 @torch.no_grad()
 def test_bfloat16_is_as_near_as_theirs(pair, tmp_path, tokenizer, capsys):
-    """Norm of the difference to float32 over the norm: rounding alone, of the size that transformers has too."""
+    """Norm of the difference to float32, over the norm: about as large as that of transformers."""
     ours, theirs = pair
     ids = random_ids(ours, 2, 512)
     want = theirs(ids).logits[..., :ours.known_ids]
     save_model(ours, tokenizer, tmp_path)
-    half = load_model(tmp_path, dtype=torch.bfloat16)
+    half = load(tmp_path, dtype=torch.bfloat16)[0]
     got = half.head(half(ids))
     peer = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids).logits
     gap, peers = (float((x.float()[..., :ours.known_ids] - want).norm() / want.norm()) for x in (got, peer))
@@ -125,7 +126,7 @@ def test_bfloat16_is_as_near_as_theirs(pair, tmp_path, tokenizer, capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_written_here_is_theirs_to_load(tiny, folder, tmp_path, tied):
-    """As it stands: no weight missing or left over, same logits, same ids of texts, same stop ids."""
+    """transformers loads it with no weight missing or left over: same logits, same ids of texts, same stop ids."""
     tokenizer = Tokenizer(Path(REAL or folder))
     model = tiny(tokenizer.size + 7, tied=tied, dtype=torch.float32, known_ids=tokenizer.size)
     save_model(model, tokenizer, tmp_path)
@@ -147,7 +148,7 @@ WORDS = ["the mayor", "Zoë", "東京", "😀", "<b>", "&amp; &", "'quoted'", '"
 
 
 def schemas():
-    """The 30 real ones, or the miniature's."""
+    """The 30 real schemas, or the miniature's."""
     if not REAL:
         return [agents.Tool(**tool_for(relation)).schema for relation in RELATIONS]
     files = sorted((Path(REAL).parent / "tools").glob("*.json"))
@@ -155,7 +156,7 @@ def schemas():
 
 
 def conversation(rng, tools, calls):
-    """Random messages in the form that apply_chat_template takes, with so many calls, one to three a turn."""
+    """Random messages as apply_chat_template takes them, with `calls` calls, one to three per turn."""
     def text():
         return "".join(rng.choice(WORDS) for _ in range(rng.randrange(5)))
 
@@ -173,7 +174,7 @@ def conversation(rng, tools, calls):
 
 
 def test_rendering_is_the_chat_templates(folder):
-    """Bytes and ids of 60 conversations with 0 to 5 calls, each with some of the schemas, every schema in some."""
+    """Bytes and ids of 60 conversations with 0 to 5 calls. Each has some of the schemas; every schema occurs."""
     source, available = Path(REAL or folder), schemas()
     ours, theirs = Tokenizer(source), AutoTokenizer.from_pretrained(source)
     assert theirs.chat_template == json.loads(ours.files["tokenizer_config.json"])["chat_template"]
