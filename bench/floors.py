@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def machine(device: str, dtypes: list[torch.dtype]) -> tuple[dict[torch.dtype, f
     flops = {}
     for dtype in dtypes:
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        flops[dtype] = 2 * 2048 ** 3 / best_of(lambda: a @ a, device)
+        flops[dtype] = 2 * 2048 ** 3 / best_of(partial(torch.matmul, a, a), device)
     x = torch.ones(2 ** 30 if device == "cuda" else 2 ** 27, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     copy = 2 * x.numel() / best_of(lambda: y.copy_(x), device)
@@ -136,7 +137,7 @@ class Clock:
         lines = sorted(self.rows.items(), key=lambda item: (-stages[item[0][0]], -item[1][0]))
         for path, row in [*lines, (("smaller parts",), small)]:
             if row[0] < total / 100 and row is not small:
-                small[:] = [a + b for a, b in zip(small, row)]
+                small[:] = [a + b for a, b in zip(small, row, strict=True)]
                 continue
             floor = max(row[2:])
             print(f"{' / '.join(path):<52}{row[0]:>9.2f}{row[0] / total:>8.1%}{row[1]:>9}{row[2]:>10.2f}{row[3]:>10.2f}"
@@ -155,7 +156,7 @@ def profile_run(config: mtr.RunConfig) -> None:
             (sft, "train", "SFT"), (grpo, "train", "GRPO"), (sft, "train_on", "SFT continued"), (mtr, "all_rows", "evaluation"),
             (ToolMaker, "make", "ToolMaker"), (ToolActor, "answer", "ToolActor"), (AutoAgent, "start", "AutoAgent"),
             (AutoAgent, "act", "AutoAgent"), (AutoAgent, "observe", "AutoAgent"), (Sampler, "open", "open"),
-            (Sampler, "_read", "read"), (Sampler, "sample", "decode"), (Tokenizer, "encode", "encode"),
+            (Sampler, "_prefill", "read"), (Sampler, "sample", "decode"), (Tokenizer, "encode", "encode"),
             (Transformer, "forward", "forward"), (Transformer, "head", "head"), (sft, "teach", "teacher"), (torch.Tensor, "backward", "backward"),
             (torch.optim.AdamW, "step", "optimizer"), (torch.nn.utils, "clip_grad_norm_", "optimizer")):
         clock.watch(owner, name, label)
@@ -172,19 +173,10 @@ def profile_step(shape: str, rows: list[int], prompt: int, tokens: int) -> None:
     peaks, copy = machine(device, [dtype])
     model, results = make_model(shape, device, dtype), []
     for B in rows:
-        group, rng = 1 if B % 8 else 8, np.random.default_rng(0)
-        sampler = Sampler(model, SimpleNamespace(stop_ids=set()), B, prompt + 3 * tokens + 8)
-        prompts = [rng.integers(0, SHAPES[shape].vocab_size, prompt).tolist() for _ in range(B // group)]
-
-        def read():
-            sampler.reset()
-            return sampler.open(prompts, group)
-
-        noise, seconds = rng.random((B, tokens), dtype=np.float32), {"read": best_of(read, device, 2)}
-        conversations = read()
-        seconds["step"] = best_of(lambda: sampler.sample(conversations, [tokens] * B, noise), device, 2) / tokens
-        work = {"read": cost(model, len(prompts), prompt, prompt / 2),
-                "step": [sum(pair) for pair in zip(cost(model, B, 1, prompt + 2 * tokens), head_cost(model, B))]}
+        group = 1 if B % 8 else 8
+        seconds = time_engine(model, B, group, prompt, tokens)
+        step = zip(cost(model, B, 1, prompt + 2 * tokens), head_cost(model, B), strict=True)
+        work = {"read": cost(model, B // group, prompt, prompt / 2), "step": [sum(pair) for pair in step]}
         for part, (f, read_bytes) in work.items():
             floors = f / peaks[dtype], read_bytes / copy
             results.append({"shape": shape, "device": device, "rows": B, "part": part, "ms": round(1e3 * seconds[part], 3),
@@ -192,8 +184,25 @@ def profile_step(shape: str, rows: list[int], prompt: int, tokens: int) -> None:
                             "share_of_bandwidth": round(floors[1] / seconds[part], 3)})
             print(f"{shape}, {B} rows, {part}: {1e3 * seconds[part]:.2f} ms; floor {1e3 * floors[0]:.2f} ms by FLOPs, "
                   f"{1e3 * floors[1]:.2f} by bytes", flush=True)
-        sampler = None  # free the cache before the next one is made
     print(json.dumps(results))
+
+
+def time_engine(model: Transformer, rows: int, group: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Seconds in which all prompts are read, and seconds of one decode step. The cache is freed at the end."""
+    rng = np.random.default_rng(0)
+    sampler = Sampler(model, SimpleNamespace(stop_ids=set()), rows, prompt + 3 * tokens + 8)
+    prompts = [rng.integers(0, model.config.vocab_size, prompt).tolist() for _ in range(rows // group)]
+
+    def read():
+        sampler.reset()
+        return sampler.open(prompts, group)
+
+    noise = rng.random((rows, tokens), dtype=np.float32)
+    seconds = {"read": best_of(read, model.device.type, 2)}
+    conversations = read()
+    decode = best_of(lambda: sampler.sample(conversations, [tokens] * rows, noise), model.device.type, 2)
+    seconds["step"] = decode / tokens
+    return seconds
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 
-from model import CONTROL_TOKENS, ModelConfig, Tokenizer, Transformer, load_model, save_model  # noqa: E402
+from model import CONTROL_TOKENS, ModelConfig, Tokenizer, Transformer, load, save_model  # noqa: E402
 
 SHAPE = ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
 ROUNDS, SIDES, DTYPES = 5, ("ours", "transformers"), ("float32", "bfloat16")
@@ -48,8 +48,8 @@ def make_folder(folder: Path) -> None:
     save_model(model, Tokenizer(folder), folder)
 
 
-def load(side: str, folder: str, dtype: str) -> tuple[float, float]:
-    """Load model and tokenizer -> seconds, and of all threads' processor time; the imports are over before."""
+def timed_load(side: str, folder: str, dtype: str) -> tuple[float, float]:
+    """Load model and tokenizer -> seconds, and processor seconds of all threads, both without the imports."""
     if side == "transformers":
         from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
         load_theirs, read = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
@@ -59,7 +59,7 @@ def load(side: str, folder: str, dtype: str) -> tuple[float, float]:
     if side == "transformers":
         loaded = load_theirs(folder, dtype=getattr(torch, dtype)), read(folder)
     else:
-        loaded = load_model(folder, dtype=getattr(torch, dtype)), Tokenizer(folder)
+        loaded = load(folder, dtype=getattr(torch, dtype))
     seconds = time.perf_counter() - start, time.process_time() - busy
     assert sum(p.numel() for p in loaded[0].parameters()) > 4.9e8
     return seconds
@@ -94,8 +94,8 @@ def main() -> None:
             turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES]
             for side in SIDES:
                 runs = [values for s, values in turns[len(SIDES):] if s == side]
-                medians = (round(statistics.median(values), 3) for values in zip(*runs))
-                row = dict(zip(("seconds", "cpu_seconds", "peak_gb", "load_gb"), medians))
+                medians = (round(statistics.median(values), 3) for values in zip(*runs, strict=True))
+                row = dict(zip(("seconds", "cpu_seconds", "peak_gb", "load_gb"), medians, strict=True))
                 result[f"{side}_{dtype}"] = row
                 print(f"{dtype:<9} {side:<13}" + "".join(f" {name} {value:<7}" for name, value in row.items()), flush=True)
     print(json.dumps(result))
@@ -103,6 +103,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(*load(*sys.argv[1:]))
+        print(*timed_load(*sys.argv[1:]))
     else:
         main()

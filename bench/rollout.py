@@ -59,7 +59,7 @@ class Plan:
     def slots(self) -> int:
         """Of the longest conversation, and room for rows that are made to speak as long as the longest turn."""
         longest = max(len(self.prompts[i // self.group]) + sum(said) + sum(map(len, heard))
-                      for i, (said, heard) in enumerate(zip(self.said, self.heard)))
+                      for i, (said, heard) in enumerate(zip(self.said, self.heard, strict=True)))
         return longest + max(max(said) for said in self.said)
 
 
@@ -115,27 +115,27 @@ class Ours:
         self.sampler.reset()
         group = plan.group if self.share else 1
         prompts = [prompt for prompt in plan.prompts for _ in range(plan.group // group)]
-        self.rows = self.sampler.open(prompts, group)
+        self.opened = dict(enumerate(self.sampler.open(prompts, group)))  # row of the plan -> conversation
         self.seen = [len(prompt) for prompt in plan.prompts for _ in range(plan.group)]
 
     def speak(self, rows: list[int], talk: list[list[int]], limits: list[int]) -> list[list[int]]:
-        s, first = self.sampler, all(self.seen[i] == len(ids) for i, ids in zip(rows, talk))
+        s, first = self.sampler, all(self.seen[i] == len(ids) for i, ids in zip(rows, talk, strict=True))
         if not self.keep and not first:
             s.reset()
-            self.rows = dict(zip(rows, s.open(talk)))
-        for i, ids in zip(rows, talk):
+            self.opened = dict(zip(rows, s.open(talk), strict=True))
+        for i, ids in zip(rows, talk, strict=True):
             if self.keep:
-                s.append(self.rows[i], ids[self.seen[i]:])
-        most, mine = max(limits), [self.rows[i] for i in rows]
+                s.append(self.opened[i], ids[self.seen[i]:])
+        most, mine = max(limits), [self.opened[i] for i in rows]
         uniforms = self.rng.random((len(rows), most), dtype=np.float32)
         new = [ids for ids, _ in s.sample(mine, limits if self.leave else [most] * len(rows), uniforms, self.temperature)]
         if not self.leave:  # take back what was said beyond the plan
-            for c, ids, limit in zip(mine, new, limits):
-                extra, s.pending[c] = most - limit, ids[limit - 1:limit]
-                s.filled[c] -= extra
-                s.cache.length[s.place[c]] -= extra
-            new = [ids[:limit] for ids, limit in zip(new, limits)]
-        for i, ids, said in zip(rows, talk, new):
+            for c, ids, limit in zip(mine, new, limits, strict=True):
+                c.pending = ids[limit - 1:limit]
+                c.filled -= most - limit
+                s.cache.length[c.row] -= most - limit
+            new = [ids[:limit] for ids, limit in zip(new, limits, strict=True)]
+        for i, ids, said in zip(rows, talk, new, strict=True):
             self.seen[i] = len(ids) + len(said)
         return new
 
@@ -184,7 +184,7 @@ class Reprefill:
         config = GenerationConfig(max_new_tokens=max(limits), pad_token_id=0, **sampling)
         out = self.peer.generate(ids, attention_mask=mask, generation_config=config, past_key_values=cache,
                                  stopping_criteria=StoppingCriteriaList([Limits()]))
-        return [line[:n] for line, n in zip(out[:, ids.shape[1]:].tolist(), limits)]
+        return [line[:n] for line, n in zip(out[:, ids.shape[1]:].tolist(), limits, strict=True)]
 
 
 class Kept(Reprefill):
@@ -212,13 +212,13 @@ class Kept(Reprefill):
             stay = torch.tensor([self.rows.index(i) for i in rows], device=self.ids.device)
             self.cache.batch_select_indices(stay)
             self.ids, self.mask, self.rows = self.ids[stay], self.mask[stay], rows
-        heard = [ids[self.seen[i]:] for i, ids in zip(rows, talk)]
+        heard = [ids[self.seen[i]:] for i, ids in zip(rows, talk, strict=True)]
         if any(heard):
             self.grow(*pad_left(heard, self.ids.device))
         new = self.generate(self.ids, self.mask, limits, self.cache)
         said, real = pad_left([ids[::-1] for ids in new], self.ids.device)
         self.grow(said.flip(1), real.flip(1))  # padded on the right
-        for i, ids, said in zip(rows, talk, new):
+        for i, ids, said in zip(rows, talk, new, strict=True):
             self.seen[i] = len(ids) + len(said)
         return new
 
@@ -263,8 +263,11 @@ def same_greedy_ids(shape: str, device: str, sides: list[str], questions: int, g
     if shape not in ("tiny", "miniature"):
         plan.said, plan.heard = [[6, 4]] * len(plan.said), [heard[:1] for heard in plan.heard]
     peer, want = hugging_face(model), roll_out(Ours(model, plan), plan, 0.0)
-    same = {name: [a == b for a, b in zip(want, roll_out(SIDES[name](model, peer, plan), plan, 0.0))] for name in sides}
-    return {name: sum(rows) / len(rows) for name, rows in same.items()}
+    same = {}
+    for name in sides:
+        got = roll_out(SIDES[name](model, peer, plan), plan, 0.0)
+        same[name] = sum(a == b for a, b in zip(want, got, strict=True)) / len(want)
+    return same
 
 
 def main() -> None:
