@@ -826,6 +826,14 @@ def store_twice(folder):
     edit_weights(folder, lambda w: w.update({UP: weight}), other_shard(folder, UP))
 
 
+def store_head_twice(folder):
+    """An untied head in both shards."""
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    edit_weights(folder, lambda w: w.update({HEAD: w[EMBED] + 1}))
+    shard(folder)
+    edit_weights(folder, lambda w: w.update({HEAD: torch.zeros(3)}), other_shard(folder, HEAD))
+
+
 def add_to_shard(folder):
     shard(folder)
     edit_weights(folder, lambda w: w.update({EXTRA: torch.ones(3)}), SHARD)
@@ -868,6 +876,7 @@ BROKEN = {  # the change to a good folder, and the word that the message must co
     "theta is not a number": (config(rope_theta=math.nan), "rope_theta"),
     "heads that kv-heads don't divide": (config(num_key_value_heads=3), "num_key_value_heads 3"),
     "rotary parameters of another kind": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_type"),
+    "rotary parameters in a list": (config(rope_parameters=["default"]), "rope_parameters"),
     "fewer rows than ids": (shrink, "vocab_size"),
     "no weights": (without("model.safetensors"), "model.safetensors"),
     "weights cut short": (truncate, "model.safetensors"),
@@ -883,6 +892,7 @@ BROKEN = {  # the change to a good folder, and the word that the message must co
     "a shard missing": (lose_shard, SHARD),
     "a shard that the index does not name": (forget_shard, "no tensor model."),
     "a tensor in two shards": (store_twice, f"{UP} is not a tensor of this model, or it is stored twice"),
+    "an untied head in two shards": (store_head_twice, f"{HEAD} is not a tensor of this model, or it is stored twice"),
     "a tensor too many in a shard": (add_to_shard, EXTRA),
     "an index of names that are no strings": (index(lambda i: i["weight_map"].update({UP: 1})), "weight_map"),
     "an index without a map": (index(lambda i: i.pop("weight_map")), "weight_map"),
