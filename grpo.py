@@ -1,21 +1,25 @@
-"""Stage 2: GRPO with a composite reward. For each question a group of G traces is sampled; what was better than
-its group's mean becomes likelier.
+"""Stage 2: GRPO with a composite reward. For each question, a group of G traces is sampled. Traces
+that score above their group's mean become more likely, the others less likely.
 
-    A_i  = R_i - mean(R)                 over the group; divided by its population std + 1e-4, or not (--scale-std)
-    r_it = pi(o_it | before) / pi_old(o_it | before)                            for each sampled token o_it
-    J    = sum_it w_it · [ min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta · k3_it ]
-    k3   = pi_ref / pi - log(pi_ref / pi) - 1                                   (Schulman, "Approximating KL")
+    advantage    A_i = (R_i - mean(R)) / (std(R) + 1e-4)     mean and std over the group of trace i
+    ratio        r_it = pi(o_it | before) / pi_old(o_it | before)           for sampled token o_it
+    objective    J = sum_i w_i sum_t [ min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i)
+                                       - beta k3_it ]
+    KL estimate  k3 = pi_ref / pi - log(pi_ref / pi) - 1            (Schulman, "Approximating KL")
 
-GRPO: Shao et al. 2024 (DeepSeekMath), eq. 3 and 4; the clip: Schulman et al. 2017 (PPO), eq. 7; two clip bounds and
-the token mean: DAPO (Yu et al. 2025); no std and a constant length: Dr. GRPO (Liu et al. 2025); one ratio a
-sequence: GSPO (Zheng et al. 2025). Where we depart from them:
-  1. Observations, and all else that the policy didn't sample, have no part in any sum.
-  2. pi_old is the trainer's own first pass, not the sampler's number: with one update a rollout every ratio is
-     exactly 1, with more the first ones up to rounding. The gap between sampler and trainer is logged.
-  3. Flat groups, whose rewards are all equal, have advantage exactly 0; without a KL term they are left out of the pass.
-  4. Dr. GRPO's constant is the most tokens that a trace may have, prompt and observations included.
+    token weight, for N traces with |o_i| sampled tokens each:
+      grpo       w_i = 1 / (N |o_i|)        DeepSeekMath (Shao et al. 2024, eq. 3)
+      dapo       w_i = 1 / sum_j |o_j|      DAPO (Yu et al. 2025); its loss only, not its sampler
+      dr_grpo    w_i = 1 / (N L_max)        Dr. GRPO (Liu et al. 2025); A_i without the division
+      gspo       w_i as grpo                GSPO (Zheng et al. 2025); one ratio per trace
 
-Shapes: B traces, T tokens, G group. R = w_answer · answer + w_consistency · consistency, all in [0, 1].
+The clip is PPO's (Schulman et al. 2017, eq. 7). Where we depart from the papers:
+  1. Only sampled tokens are summed. Everything else, such as observations, is masked.
+  2. pi_old is the trainer's first pass, not the sampler, so the ratio of a first update is 1.
+  3. If all rewards of a group are equal, its advantage is 0. Without KL it is not computed.
+  4. Dr. GRPO's L_max is --trace-tokens, which includes prompt and observations.
+
+Shapes: B traces, T tokens, G group size.
 """
 import json
 import random
@@ -30,89 +34,92 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import UTILITIES, AutoAgent, Call, Tool, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
+from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.read import read_questions
 from data.score import exact_match, f1, normalize
 from data.world import HELD_OUT, Question, make_questions, make_world, mixed
 from model import Sampler, Transformer, load, token_logprobs
-from run import Run, at_least, command_line, half_precision, option, pick_device, positive, read_config, run_main, set_up
-from sft import SFTConfig, make_optimizer, micro_batches, optimizer_step, pad
+from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
+from sft import make_optimizer, micro_batches, optimizer_step, pad, world_seed
 
-# What each paper does, beside its sum over tokens (token_weights) and its ratio (policy_loss).
-LOSSES = {"grpo": {"scale_std": True, "clip_low": 0.2, "clip_high": 0.2, "mask_overlong": False},
-          "dapo": {"scale_std": True, "clip_low": 0.2, "clip_high": 0.28, "mask_overlong": True},
-          "dr_grpo": {"scale_std": False, "clip_low": 0.2, "clip_high": 0.2, "mask_overlong": False},
-          "gspo": {"scale_std": True, "clip_low": 3e-4, "clip_high": 4e-4, "mask_overlong": False}}
+
+@dataclass(frozen=True)
+class Loss:
+    """The settings of a paper, beside its token weight and its ratio."""
+    scale_std: bool      # divide advantages by the group's standard deviation
+    clip_low: float      # eps_low
+    clip_high: float     # eps_high
+    mask_overlong: bool  # leave truncated traces out of the loss and of N
+
+
+LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2, mask_overlong=False),
+          "dapo": Loss(scale_std=True, clip_low=0.2, clip_high=0.28, mask_overlong=True),
+          "dr_grpo": Loss(scale_std=False, clip_low=0.2, clip_high=0.2, mask_overlong=False),
+          "gspo": Loss(scale_std=True, clip_low=3e-4, clip_high=4e-4, mask_overlong=False)}
 
 
 @dataclass
 class GRPOConfig:
-    """What stage 2 can be told."""
-    out: str = option("run", "run folder: starts from OUT/sft, writes OUT/grpo")
-    seed: int = option(0, "which questions, and all random numbers of the traces")
-    threads: int = option(0, "CPU threads; 0 leaves the choice to torch")
-    data: tuple = option((), "question files in place of the world's questions; every twentieth question is held out")
-    skip_bad: bool = option(False, "leave broken records of these files out")
+    """The options of stage 2."""
+    out: str = option("run", "run folder; this stage starts from OUT/sft and writes OUT/grpo")
+    seed: int = option(0, "seed of the choice of questions and of all sampling", least=0)
+    threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
+    data: tuple = option((), "question files to train on; every twentieth question is held out")
+    skip_bad: bool = option(False, "skip broken records of these files")
     steps: int = option(20, "rollouts")
-    questions: int = option(12, "questions a rollout")
-    group: int = option(8, "G: traces a question")
+    questions: int = option(12, "questions per rollout")
+    group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "passes over a rollout")
-    minibatches: int = option(1, "optimizer steps a pass")
-    lr: float = option(5e-4, "learning rate, about 1e-6 for a real checkpoint; falls linearly to 0")
-    clip_norm: float = option(1.0, "largest norm of the gradient")
-    loss: str = option("dapo", "which sum over tokens and which ratio; sets the next four", choices=tuple(LOSSES))
-    scale_std: bool | None = option(None, "divide advantages by the group's std")
-    clip_low: float | None = option(None, "the ratio is clipped below at 1 - this")
-    clip_high: float | None = option(None, "and above at 1 + this")
-    mask_overlong: bool | None = option(None, "leave truncated traces out of the loss and its count")
-    beta: float = option(0.0, "weight of the KL to the model that stage 1 left; 0: no reference pass")
-    w_answer: float = option(0.7, "weight of a right answer")
-    w_consistency: float = option(0.3, "weight of internal consistency")
-    partial: float = option(0.0, "credit for token F1 where the answer isn't exact")
-    temperature: float = option(1.0, "the policy is sampled, and scored, at this temperature")
-    max_turns: int = option(8, "turns until a trace is cut off")
-    turn_tokens: int = option(112, "new tokens a turn")
-    trace_tokens: int = option(896, "tokens a trace, prompt included")
-    micro_tokens: int = option(4096, "padded tokens a pass of the trainer; turn down if memory runs out")
-    eval_every: int = option(13, "steps between two looks at the held-out questions")
-    save_every: int = option(5, "steps between two checkpoints; one is also written at each held-out look")
-    resume: bool = option(False, "go on from the newest checkpoint in OUT, if there is one")
+    minibatches: int = option(1, "optimizer steps per pass")
+    lr: float = option(5e-4, "learning rate, falls linearly to 0; 1e-6 for a real checkpoint")
+    clip_norm: float = option(1.0, "maximum norm of the gradient")
+    loss: str = option("dapo", "token weight, ratio and settings", choices=tuple(LOSSES))
+    beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
+    w_answer: float = option(0.7, "weight of a correct answer in the reward")
+    w_consistency: float = option(0.3, "weight of internal consistency in the reward")
+    partial: float = option(0.0, "credit for token F1 if the answer is not exact", least=0)
+    temperature: float = option(1.0, "temperature of sampling and of the trainer's softmax")
+    max_turns: int = option(8, "turns per trace")
+    turn_tokens: int = option(112, "new tokens per turn")
+    trace_tokens: int = option(896, "tokens per trace, with prompt and observations")
+    micro_tokens: int = option(4096, "tokens per pass of the trainer, with padding")
+    eval_every: int = option(13, "steps between two evaluations on held-out questions")
+    save_every: int = option(5, "steps between two checkpoints")
+    resume: bool = option(False, "continue from the newest checkpoint in OUT/grpo, if there is one")
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise InputError(f"loss: expected one of {', '.join(LOSSES)}, found {self.loss!r}")
-        for name, value in LOSSES[self.loss].items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
-        positive(self, "steps", "questions", "epochs", "minibatches", "lr", "clip_norm", "clip_low", "clip_high",
-                 "temperature", "max_turns", "turn_tokens", "trace_tokens", "eval_every", "save_every", "w_consistency")
-        at_least(self, group=2, beta=0, threads=0, partial=0)  # a group of one has no baseline
-        if not float("inf") > self.w_answer * (1 - self.partial) > self.w_consistency * (1 - 1 / len(PARTS)):
-            raise InputError(f"w_answer: {self.w_answer} is too small beside w_consistency {self.w_consistency}: a wrong "
-                             "answer could outrank a right one; w_answer · (1 - partial) > w_consistency · "
-                             f"(1 - 1/{len(PARTS)}) is needed")
+        validate(self)
+        # Every right answer must outrank every wrong one. Each part of consistency is in [0, 1],
+        # and grammar is always 1, so two traces differ by at most (1 - 1 / parts).
+        most = self.w_consistency * (1 - 1 / len(PARTS))
+        if not self.w_answer * (1 - self.partial) > most:
+            raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
+                             f"w_answer · (1 - partial) must be above {most:g}")
 
 
-# -------------------------------------------------------------------------------------------- reward
-# Parts of consistency, each a function of a trace that keeps the grammar -> [0, 1], or None where it doesn't apply.
+# ------------------------------------------------------------------------------------------ reward
+# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the parts below.
 
 
 def leaves(value: object) -> list:
-    """The strings and numbers inside a JSON value; true, false and null are no evidence of anything."""
-    if isinstance(value, (dict, list)):
-        return [leaf for child in (value.values() if isinstance(value, dict) else value) for leaf in leaves(child)]
+    """The strings and numbers inside a JSON value, without true, false and null."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [leaf for child in value for leaf in leaves(child)]
     return [] if value is None or isinstance(value, bool) else [value]
 
 
 def holds(text: object, part: object) -> bool:
-    """Whether part stands in text as whole tokens, both after the scorer's normaliser."""
+    """Whether `part` stands in `text` as whole words, both after the scorer's normaliser."""
     want = normalize(str(part))
     return bool(want) and f" {want} " in f" {normalize(str(text))} "
 
 
-def told(calls: list[Call]) -> list:
-    """All values in the successful observations of some calls."""
-    return [leaf for call in calls if call.succeeded for leaf in leaves(call.observation)]
+def same(a: object, b: object) -> bool:
+    """Whether two values are equal after the scorer's normaliser, and not empty."""
+    return normalize(str(a)) == normalize(str(b)) != ""
 
 
 def words(*values: object) -> set[str]:
@@ -120,80 +127,96 @@ def words(*values: object) -> set[str]:
     return set(normalize(" ".join(map(str, values))).split())
 
 
-def own_words(call: Call) -> set[str]:
-    """All that a call itself brought along, names of arguments included."""
-    return words(*leaves(call.arguments), *re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False)))
+@dataclass
+class Evidence:
+    """One call as the reward sees it."""
+    call: Call
+    turn: int             # index of its turn
+    own: set[str]         # the words of its arguments
+    grounded: list[bool]  # for each argument: does it come from the question or an observation?
+    values: list          # the values of its observation; none if the call failed
+    new: list             # of these, the values that are not in its own arguments
+    repeated: bool        # an equal call came before
 
 
-def groundings(trace: Trace) -> list[tuple[Call, list[bool]]]:
-    """Each call, and for each of its arguments whether it stands in the question or in an observation of an earlier
-    turn; enums exempt, an expression is grounded if its numbers are."""
-    out, earlier = [], []
-    parameters = {tool.name: tool.parameters["properties"] for tool in trace.tools}
-    for turn in trace.turns:
-        sources = [trace.question, *told(earlier)]
-
-        def stands(leaf: object) -> bool:
-            numerals = re.findall(r"\d+(?:\.\d+)?", str(leaf)) if not re.search(r"[^\W\d_]", str(leaf)) else []
-            return any(holds(s, leaf) for s in sources) or bool(numerals) and all(
-                any(holds(s, n) for s in sources) for n in numerals)
-
+def collect_evidence(trace: Trace) -> list[Evidence]:
+    """The evidence of each call. Arguments are grounded by the question and by earlier turns."""
+    properties = {tool.name: tool.parameters["properties"] for tool in trace.tools}
+    evidence: list[Evidence] = []
+    seen: set[str] = set()
+    sources = [trace.question]
+    for number, turn in enumerate(trace.turns):
+        found = []
         for call in turn.calls:
-            free = {k: v for k, v in call.arguments.items() if "enum" not in parameters.get(call.name, {}).get(k, {})}
-            out.append((call, [stands(leaf) for leaf in leaves(free)]))
-        earlier += turn.calls
-    return out
+            schemas = properties.get(call.name, {})
+            given = {k: v for k, v in call.arguments.items() if "enum" not in schemas.get(k, {})}
+            grounded = [in_sources(value, sources) for value in leaves(given)]
+            keys = re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False))
+            own = words(*leaves(call.arguments), *keys)
+            values = leaves(call.observation) if call.succeeded else []
+            computed = call.name in UTILITIES and all(grounded)  # a result is always new
+            new = [value for value in values if computed or not words(value) <= own]
+            same_call = json.dumps([call.name, call.arguments], sort_keys=True)
+            evidence.append(Evidence(call, number, own, grounded, values, new, same_call in seen))
+            seen.add(same_call)
+            found += values
+        sources = sources + found
+    return evidence
 
 
-def reward_grammar(trace: Trace) -> float:
-    """1: a trace that breaks the grammar never gets here."""
+def in_sources(value: object, sources: list) -> bool:
+    """Whether a value stands in a source. An expression does if all its numbers do."""
+    if any(holds(source, value) for source in sources):
+        return True
+    if re.search(r"[^\W\d_]", str(value)):  # a letter
+        return False
+    numbers = re.findall(r"\d+(?:\.\d+)?", str(value))
+    return bool(numbers) and all(any(holds(s, number) for s in sources) for number in numbers)
+
+
+def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
+    """1, because a trace that breaks the grammar gets no consistency at all."""
     return 1.0
 
 
-def reward_valid(trace: Trace) -> float | None:
-    """1 / (1 + number of calls that were not JSON, named no tool or whose arguments don't fit)."""
-    return 1 / (1 + sum(call.error is not None for call in trace.calls)) if trace.calls else None
+def reward_valid(trace: Trace, evidence: list[Evidence]) -> float | None:
+    """1 / (1 + number of refused calls)."""
+    refused = [e for e in evidence if e.call.error is not None]
+    return 1 / (1 + len(refused)) if evidence else None
 
 
-def reward_arguments(trace: Trace) -> float | None:
-    """Share of the arguments that are grounded; a repeated call doesn't count again."""
-    distinct = {json.dumps([call.name, call.arguments], sort_keys=True): oks for call, oks in reversed(groundings(trace))}
-    grounded = [ok for oks in distinct.values() for ok in oks]
+def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float | None:
+    """Share of the arguments that are grounded. Repeated calls don't count."""
+    grounded = [ok for e in evidence if not e.repeated for ok in e.grounded]
     return sum(grounded) / len(grounded) if grounded else None
 
 
-def reward_support(trace: Trace) -> float:
-    """1 if a successful observation holds the answer and its call didn't bring all words of it along, or if the
-    answer is what a utility tool computed from grounded arguments."""
-    want = normalize(trace.answer)
-    for call, grounded in groundings(trace):
-        if call.name in UTILITIES:
-            if all(grounded) and any(normalize(str(result)) == want != "" for result in told([call])):
+def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
+    """1 if the answer stands in an observation but not in its call, or if a utility computed it."""
+    for e in evidence:
+        if e.call.name in UTILITIES:
+            if all(e.grounded) and any(same(value, trace.answer) for value in e.values):
                 return 1.0
-        elif any(holds(result, want) for result in told([call])) and not words(want) <= own_words(call):
+            continue
+        found = any(holds(value, trace.answer) for value in e.values)
+        if found and not words(trace.answer) <= e.own:
             return 1.0
     return 0.0
 
 
-def reward_economy(trace: Trace) -> float | None:
-    """Share of the calls that were of use: a value that they brought, and weren't given, stands in the arguments of
-    a later call or is the answer. A call made twice is of no use the second time, nor does it make others so."""
-    first, seen = [], []
-    for turn in trace.turns:
-        first.append([])
-        for call in turn.calls:
-            if (call.name, call.arguments) not in seen:
-                first[-1].append(call)
-                seen.append((call.name, call.arguments))
-    computed = {id(call) for call, oks in groundings(trace) if call.name in UTILITIES and all(oks)}
+def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
+    """Share of the calls that are of use: a new value is the answer or goes into a later call."""
     useful = 0
-    for i, calls in enumerate(first):
-        later = [leaf for part in first[i + 1:] for call in part for leaf in leaves(call.arguments)]
-        for call in calls:
-            new = [v for v in told([call]) if id(call) in computed or not words(v) <= own_words(call)]
-            useful += any(normalize(str(value)) == normalize(trace.answer) != "" or any(holds(text, value) for text in later)
-                          for value in new)
-    return useful / len(trace.calls) if trace.calls else None
+    for e in evidence:
+        later = []
+        for other in evidence:
+            if other.turn > e.turn and not other.repeated:
+                later += leaves(other.call.arguments)
+        used = [value for value in e.new if same(value, trace.answer)
+                or any(holds(text, value) for text in later)]
+        if used and not e.repeated:
+            useful += 1
+    return useful / len(evidence) if evidence else None
 
 
 PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_arguments,
@@ -201,322 +224,385 @@ PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_a
 
 
 def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float | None]:
-    """The composite reward and all that it is made of; a trace that breaks the grammar has 0 in both halves."""
+    """The reward and its parts. A part that does not apply is None and left out of the mean."""
     if trace.status != "answered":
-        return {"reward": 0.0, "em": 0.0, "answer": 0.0, "consistency": 0.0, **dict.fromkeys(PARTS), "grammar": 0.0}
-    parts = {name: part(trace) for name, part in PARTS.items()}
-    applies = [value for value in parts.values() if value is not None]
-    consistency = sum(applies) / len(applies)
-    said = normalize(trace.answer) != ""  # the official rule lets "" equal the gold answer "A"; the reward doesn't
-    em = said * exact_match(trace.answer, golds)
-    answer = em or said * config.partial * f1(trace.answer, golds)
+        zeros = dict.fromkeys(("reward", "em", "answer", "consistency"), 0.0)
+        return {**zeros, **dict.fromkeys(PARTS), "grammar": 0.0}
+    evidence = collect_evidence(trace)
+    parts = {name: part(trace, evidence) for name, part in PARTS.items()}
+    applicable = [value for value in parts.values() if value is not None]
+    consistency = sum(applicable) / len(applicable)
+    em = answer = 0.0
+    if normalize(trace.answer):  # by the official rule "" would equal the gold answer "A"
+        em = exact_match(trace.answer, golds)
+        answer = em or config.partial * f1(trace.answer, golds)
     total = config.w_answer * answer + config.w_consistency * consistency
     return {"reward": total, "em": em, "answer": answer, "consistency": consistency, **parts}
 
 
-# ---------------------------------------------------------------------------------- advantages and loss
+# ------------------------------------------------------------------------------ advantage and loss
 
 
 def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
-    """rewards (B,), groups (B,) naming each trace's group -> advantages (B,) in float64. A group without spread
-    gives exactly 0, and so does a reward that is NaN, which has no part in its group's mean either."""
+    """rewards (B,), group numbers (B,) -> advantages (B,) in float64.
+
+    If all rewards of a group are equal, the advantage is 0. NaN rewards are ignored.
+    """
     out = torch.zeros(len(rewards), dtype=torch.float64)
     for group in groups.unique():
         rows = (groups == group) & ~rewards.isnan()
         r = rewards[rows].double()
         if len(r) > 1 and r.max() > r.min():
-            out[rows] = (r - r.mean()) / (r.std(correction=0) + 1e-4 if scale_std else 1)
+            out[rows] = r - r.mean()
+            if scale_std:
+                out[rows] /= r.std(correction=0) + 1e-4
     return out
 
 
-def token_weights(mask: Tensor, loss: str, most_tokens: int) -> Tensor:
-    """mask (B, T) of a whole step's loss tokens -> the weight w_it (B, T) of each in the sum. Made before the step
-    is cut into micro-batches, so that the cut changes nothing."""
-    if loss == "dapo":  # mean over all tokens
-        return mask / mask.sum().clamp(min=1)
-    if loss == "dr_grpo":  # sum over a constant
-        return mask / (max(1, len(mask)) * most_tokens)
-    return mask / (max(1, len(mask)) * mask.sum(1, keepdim=True).clamp(min=1))  # mean over traces of mean over tokens
+def set_advantages(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> None:
+    """Set trace.advantage. Every `group` neighbours are one group."""
+    values = torch.tensor([r["reward"] for r in rewards])
+    groups = torch.arange(len(traces)) // config.group
+    out = advantages(values, groups, LOSSES[config.loss].scale_std)
+    for trace, advantage in zip(traces, out.tolist(), strict=True):
+        trace.advantage = advantage
 
 
-def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, mask: Tensor,
-                weights: Tensor, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J over some traces of a step; logprobs, old, reference, mask and weights (B, T), advantage (B,).
-    Also what to log: the sums over tokens of KL and of ratios beyond a bound that mattered."""
-    log_ratio = (logprobs - old) * mask                                               # log r_it
-    if config.loss == "gspo":  # one ratio a trace: the geometric mean of its tokens'
-        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
-    ratio = log_ratio.exp()                                                           # r_it
-    A = advantage[:, None].to(ratio.dtype)                                            # A_i
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio * A, clipped * A)                                 # min(r A, clip(r) A)
+def token_weights(lengths: Tensor, loss: str, most_tokens: int) -> Tensor:
+    """Sampled tokens of each trace (B,) -> the weight w_i of each of these tokens (B,)."""
+    lengths = lengths.clamp(min=1)
+    if loss == "dapo":
+        return torch.ones(len(lengths)) / lengths.sum()
+    if loss == "dr_grpo":
+        return torch.ones(len(lengths)) / (len(lengths) * most_tokens)
+    return 1 / (len(lengths) * lengths)
+
+
+def set_weights(traces: list[Trace], config: GRPOConfig) -> None:
+    """Set trace.weight, over all traces of one optimizer step."""
+    lengths = torch.tensor([sum(trace.mask) for trace in traces])
+    weights = token_weights(lengths, config.loss, config.trace_tokens)
+    for trace, weight in zip(traces, weights.tolist(), strict=True):
+        trace.weight = weight
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor,
+                mask: Tensor, weight: Tensor, config: GRPOConfig
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+    """-J over some traces of a step, and sums over tokens to log: KL and clipped ratios.
+
+    logprobs, old, reference and mask are (B, T); advantage and weight are (B,).
+    """
+    settings = LOSSES[config.loss]
+    log_ratio = (logprobs - old) * mask
+    if config.loss == "gspo":  # one ratio per trace: the geometric mean over its tokens
+        log_ratio = log_ratio.sum(1) / mask.sum(1).clamp(min=1)                          # (B,)
+        log_ratio = log_ratio[:, None].expand_as(logprobs)                               # (B, T)
+    ratio = log_ratio.exp()                                                     # r_it
+    A = advantage[:, None].to(ratio.dtype)                                      # A_i
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    objective = torch.minimum(ratio * A, clipped * A)
     kl = torch.zeros_like(ratio)
     if reference is not None:
         gap = (reference - logprobs) * mask
-        kl = gap.exp() - gap - 1                                                      # k3_it
+        kl = gap.exp() - gap - 1                                                # k3_it
         objective = objective - config.beta * kl
-    stats = {"kl": (kl * mask).sum(), "clip_low": (mask & (ratio < 1 - config.clip_low) & (A < 0)).sum(),
-             "clip_high": (mask & (ratio > 1 + config.clip_high) & (A > 0)).sum()}
-    return -(weights * objective).sum(), {name: value.detach() for name, value in stats.items()}
+    stats = {"kl": (kl * mask).sum(),
+             "clip_low": (mask & (ratio < 1 - settings.clip_low) & (A < 0)).sum(),
+             "clip_high": (mask & (ratio > 1 + settings.clip_high) & (A > 0)).sum()}
+    loss = -(weight[:, None] * mask * objective).sum()                          # -J
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
-# ------------------------------------------------------------------------------------------ rollouts
+# ----------------------------------------------------------------------------------------- rollout
 
 
 class Simulator:
-    """What a rollout needs besides the policy: the frozen model that makes and plays the tools, the questions."""
+    """The frozen model of stage 1 as ToolMaker and ToolActor, and the tools of each question."""
 
-    def __init__(self, folder: Path, config, rows: int = 64, room: int | None = None, dtype: torch.dtype = torch.float32):
-        """room: the most tokens that a question or a call with its tools may take; None: the miniature's measures."""
-        self.device, self.config = pick_device(), config
-        self.frozen, self.tokenizer = load(folder, self.device, dtype)
-        self.frozen.requires_grad_(False)
-        most = self.frozen.config.max_position_embeddings
-        reply = {"reply_tokens": max(480, config.turn_tokens)} if room else {}
-        slots = min(most, room + reply["reply_tokens"]) if room else 640
-        self.actor = ToolActor(Sampler(self.frozen, self.tokenizer, rows, slots), **reply)
-        self.maker = ToolMaker(self.actor.sampler, **reply)
-        self.boxes: dict[str, Toolbox] = {}
-
-    def state(self) -> dict:
-        """What a checkpoint has to remember: the tools that were made, the ToolActor's memory. The rest is frozen."""
-        boxes = {q: [box.kind, [[t.name, t.description, t.parameters, t.returns] for t in box.made], box.tries]
-                 for q, box in self.boxes.items()}
-        return {"boxes": boxes, "memo": list(self.actor.memo.items())}
-
-    def restore(self, state: dict) -> None:
-        """Take up what state() told."""
-        self.boxes = {q: Toolbox(kind, [Tool(*tool) for tool in made], tries)
-                      for q, (kind, made, tries) in state.get("boxes", {}).items()}
-        self.actor.memo.update(state.get("memo", []))
+    def __init__(self, folder: Path, config, natural: bool = False, rows: int = 64,
+                 dtype: torch.dtype = torch.float32):
+        """natural: prompts may be as long as a trace, and not only as the miniature's."""
+        self.config = config
+        self.model, self.tokenizer = load(folder, pick_device(), dtype)
+        self.model.requires_grad_(False)
+        slots, maker_tokens, actor_tokens = 640, 480, 64
+        if natural:
+            maker_tokens = actor_tokens = max(480, config.turn_tokens)
+            slots = min(self.model.config.max_position_embeddings,
+                        config.trace_tokens + maker_tokens)
+        sampler = Sampler(self.model, self.tokenizer, rows, slots)
+        self.maker = ToolMaker(sampler, maker_tokens)
+        self.actor = ToolActor(sampler, actor_tokens)
+        self.boxes: dict[str, Toolbox] = {}  # by question id
 
     def make_tools(self, questions: list[Question]) -> None:
-        """The ToolMaker writes each question's tools, once."""
+        """Let the ToolMaker write the tools of each new question, once."""
         todo = list({q.id: q for q in questions if q.id not in self.boxes}.values())
         for i in tqdm(range(0, len(todo), 64), desc="tools", unit="batch", mininterval=1):
             part = todo[i:i + 64]
-            self.boxes |= zip([q.id for q in part], self.maker.make([q.text for q in part], (self.config.seed,)))
+            boxes = self.maker.make([q.text for q in part], (self.config.seed,))
+            self.boxes |= zip([q.id for q in part], boxes, strict=True)
 
     def agent(self, model: Transformer, rows: int, temperature: float) -> AutoAgent:
-        """AutoAgent over the given policy."""
+        """AutoAgent over the policy, for `rows` traces at once."""
         c = self.config
         sampler = Sampler(model, self.tokenizer, rows, c.trace_tokens + 8)
         return AutoAgent(sampler, c.max_turns, c.turn_tokens, c.trace_tokens, temperature)
 
     def traces(self, questions: list[Question], group: int, *key) -> list[Trace]:
-        """`group` fresh traces a question, with the tools that were made for it."""
+        """`group` new traces for each question, with the tools of that question."""
         return [Trace(q.text, self.boxes[q.id].tools, (self.config.seed, *key, q.id, sample))
                 for q in questions for sample in range(group)]
 
 
-def score_heldout(stage: Simulator, agent: AutoAgent, questions: list[Question], backend=None, closed_book: bool = False
-             ) -> tuple[dict, list[Trace]]:
-    """One row of the results: held-out questions answered greedily, then at temperature 1. All but em_greedy is of
-    the sampled traces, which are returned too. The agent's own temperature is put back."""
-    row, rows = {"n": len(questions)}, agent.sampler.capacity
+def score_heldout(simulator: Simulator, agent: AutoAgent, questions: list[Question], backend=None,
+                  closed_book: bool = False) -> tuple[dict, list[Trace]]:
+    """Answer held-out questions -> a row of results, and the sampled traces.
+
+    em_greedy is at temperature 0. All other columns are at temperature 1.
+    """
+    row = {"n": len(questions)}
+    rows = agent.sampler.capacity
     before = agent.temperature
     for name, temperature in (("em_greedy", 0.0), ("em_sampled", 1.0)):
-        agent.temperature, traces = temperature, stage.traces(questions, 1, "eval")
+        agent.temperature = temperature
+        traces = simulator.traces(questions, 1, "eval")
         for i in range(0, len(traces), rows):
-            run_episodes(agent, backend or stage.actor, traces[i:i + rows], closed_book=closed_book)
-        seen = [measure(t, q.golds) for t, q in zip(traces, questions)]
-        row[name] = float(np.mean([m["em"] for m in seen]))
+            run_episodes(agent, backend or simulator.actor.answer, traces[i:i + rows],
+                         closed_book=closed_book)
+        measures = [measure(t, q.golds) for t, q in zip(traces, questions, strict=True)]
+        row[name] = float(np.mean([m["em"] for m in measures]))
     agent.temperature = before
-    by_set = {s: [m["em"] for m, q in zip(seen, questions) if q.set == s] for s in HELD_OUT}
-    return row | means(seen) | {"by_set": {s: float(np.mean(v)) for s, v in by_set.items() if v}}, traces
+    row["by_set"] = by_set([m["em"] for m in measures], questions)
+    return row | means(measures), traces
+
+
+def by_set(scores: list[float], questions: list[Question]) -> dict[str, float]:
+    """The mean score of each question set."""
+    scores_of = defaultdict(list)
+    for score, q in zip(scores, questions, strict=True):
+        scores_of[q.set].append(score)
+    return {name: float(np.mean(values)) for name, values in scores_of.items()}
 
 
 def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str, float]:
-    """What one trace brings to a row of results; no answer in the grammar is scored as an empty one."""
+    """The scores of one trace. A trace without an answer is scored as an empty answer."""
     answered = trace.status == "answered"
-    said = trace.answer if answered else ""
-    return {"em": exact_match(said, golds), "f1": f1(said, golds, rule), "grammar": float(answered),
-            "support": reward_support(trace) if answered else 0.0, "calls": len(trace.calls),
-            "valid_calls": sum(call.error is None for call in trace.calls), "length": sum(trace.mask)}
+    answer = trace.answer if answered else ""
+    valid = [call for call in trace.calls if call.error is None]
+    support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
+    return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
+            "grammar": float(answered), "support": support, "calls": len(trace.calls),
+            "valid_calls": len(valid), "length": sum(trace.mask)}
 
 
-def means(seen: list[dict]) -> dict[str, float | None]:
-    """The columns of a row, from its traces' measures."""
-    row = {name: float(np.mean([m[name] for m in seen])) for name in ("f1", "grammar", "support", "calls", "length")}
-    calls = sum(m["calls"] for m in seen)
-    return row | {"valid_calls": sum(m["valid_calls"] for m in seen) / calls if calls else None}
+def means(measures: list[dict]) -> dict[str, float | None]:
+    """The means of the scores. valid_calls is the share of all calls, None without a call."""
+    row = {name: float(np.mean([m[name] for m in measures]))
+           for name in ("f1", "grammar", "support", "calls", "length")}
+    calls = sum(m["calls"] for m in measures)
+    row["valid_calls"] = sum(m["valid_calls"] for m in measures) / calls if calls else None
+    return row
 
 
-# -------------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------------------ update
 
 
-def trace_logprobs(model: Transformer, traces: list[Trace], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies (B, T) and loss mask (B, T) of a micro-batch under the model."""
-    ids, mask = pad(traces, str(model.device))
-    with half_precision(str(model.device)):
-        return *token_logprobs(model, ids, mask, config.temperature), mask
+def trace_logprobs(model: Transformer, traces: list[Trace], config: GRPOConfig
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and loss mask of a micro-batch, all (B, T)."""
+    device = str(model.device)
+    ids = pad([trace.ids for trace in traces], device)
+    mask = pad([trace.mask for trace in traces], device, torch.bool)
+    with half_precision(device):
+        logprobs, entropy = token_logprobs(model, ids, mask, config.temperature)
+    return logprobs, entropy, mask
 
 
-def score_all(model: Transformer, traces: list[Trace], rows: list[int], width: int, config: GRPOConfig) -> Tensor:
-    """Log-probabilities (B, width) under a model that isn't trained now, for the given rows; elsewhere zero."""
-    out = torch.zeros(len(traces), width)
-    with torch.no_grad():
-        for part in micro_batches([traces[i] for i in rows], config.micro_tokens):
-            part = [rows[i] for i in part]
-            logprobs, _, _ = trace_logprobs(model, [traces[i] for i in part], config)
-            out[part, :logprobs.shape[1]] = logprobs.float().cpu()
-    return out
+@torch.no_grad()
+def score_frozen(model: Transformer, traces: list[Trace], name: str, config: GRPOConfig) -> None:
+    """Set trace.old or trace.reference to the log-probabilities under the model."""
+    for part in micro_batches(traces, config.micro_tokens):
+        logprobs, _, _ = trace_logprobs(model, part, config)
+        for trace, row in zip(part, logprobs.tolist(), strict=True):
+            setattr(trace, name, row[:len(trace.ids)])
 
 
-def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, traces: list[Trace],
-           advantage: Tensor, config: GRPOConfig, lr: float) -> dict[str, float]:
-    """The optimizer steps of one rollout -> what to log: means over the loss tokens that were passed over."""
-    live = [i for i, t in enumerate(traces) if not (config.mask_overlong and t.status == "truncated")]
-    learn = {i for i in live if advantage[i] != 0 or config.beta > 0}
-    full = pad(traces)[1]                                                             # (B, T)
-    width = full.shape[1]
-    old = score_all(model, traces, sorted(learn), width, config) if config.epochs * config.minibatches > 1 else None
-    ref = score_all(reference, traces, sorted(learn), width, config) if config.beta > 0 else None
-    sums, gaps, trained, norms = defaultdict(float), [], 0, []  # norm NaN: a step that was dropped
+def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer,
+           traces: list[Trace], config: GRPOConfig, lr: float) -> dict[str, float]:
+    """The optimizer steps of one rollout -> what to log, as means over the trained tokens."""
+    overlong = LOSSES[config.loss].mask_overlong
+    counted = [t for t in traces if not (overlong and t.status == "truncated")]
+    learned = [t for t in counted if t.advantage != 0 or config.beta > 0]
+    if config.epochs * config.minibatches > 1:
+        score_frozen(model, learned, "old", config)
+    if config.beta > 0:
+        score_frozen(reference, learned, "reference", config)
+
+    sums: dict[str, float] = defaultdict(float)
+    norms = []
     shuffle = random.Random(f"{config.seed} {lr}")
     for _ in range(config.epochs):
-        order = shuffle.sample(live, len(live)) if config.minibatches > 1 else live
-        for rows in np.array_split(np.array(order, dtype=int), config.minibatches):
-            weights = token_weights(full[rows], config.loss, config.trace_tokens)     # over all, flat groups too
-            finite = True
-            rows = [(n, int(i)) for n, i in enumerate(rows) if i in learn]
-            for part in micro_batches([traces[i] for _, i in rows], config.micro_tokens):
-                lines, part = map(list, zip(*(rows[j] for j in part)))
-                logprobs, entropy, mask = trace_logprobs(model, [traces[i] for i in part], config)
-                T, device = logprobs.shape[1], logprobs.device
-                before = logprobs.detach() if old is None else old[part, :T].to(device)
-                loss, stats = policy_loss(logprobs, before, None if ref is None else ref[part, :T].to(device),
-                                          advantage[part].to(device, logprobs.dtype), mask, weights[lines, :T].to(device), config)
-                loss.backward()
-                finite = finite and bool(loss.isfinite() and (logprobs - before).isfinite().all())
-                trained += sum(len(traces[i].ids) for i in part)
-                stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
-                if len(gaps) < len(learn):  # each trace's first pass: sampler against pi_old
-                    gaps += [g.cpu() for g in sampler_gap([traces[i] for i in part], before, mask)]
-                for name, value in stats.items():
-                    sums[name] += float(value)
-            if rows:  # else there is nothing to learn: no step, not even of momentum
-                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm, finite))
-    tokens, loss = max(1.0, sums.pop("tokens", 0.0)), sums.pop("loss", 0.0)
-    gap = torch.cat(gaps) if gaps else torch.full((1,), torch.nan)  # nothing was looked at
-    made = [norm for norm in norms if np.isfinite(norm)]
-    return {**{name: value / tokens for name, value in sums.items()}, "gap_mean": float(gap.mean()),
-            "gap_max": float(gap.max()), "trained": trained, "updates": len(made), "dropped": len(norms) - len(made),
-            "grad_norm": float(np.mean(made)) if made else 0.0, "loss": loss / max(1, len(norms))}
+        order = shuffle.sample(counted, len(counted)) if config.minibatches > 1 else counted
+        for indices in np.array_split(np.arange(len(order)), config.minibatches):
+            minibatch = [order[i] for i in indices]
+            set_weights(minibatch, config)  # flat groups count, too
+            batch = [t for t in minibatch if t.advantage != 0 or config.beta > 0]
+            for part in micro_batches(batch, config.micro_tokens):
+                add_gradient(model, part, config, sums)
+            if batch:
+                norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
+
+    tokens = max(1.0, sums["tokens"])
+    log = {name: sums[name] / tokens for name in ("kl", "clip_low", "clip_high", "entropy")}
+    log |= {"loss": sums["loss"] / max(1, len(norms)), "trained": sums["trained"],
+            "updates": len(norms), "grad_norm": float(np.mean(norms)) if norms else 0.0}
+    if learned:  # the gap between the log-probabilities of sampler and trainer
+        gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in learned]
+        gap = np.abs(np.concatenate(gaps))
+        log |= {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
+    return log
 
 
-def sampler_gap(traces: list[Trace], logprobs: Tensor, mask: Tensor) -> list[Tensor]:
-    """For each trace |log-probability of the sampler - of the trainer| (tokens,) of the tokens that it sampled."""
-    return [(torch.tensor(t.logprobs, device=own.device) - own[:len(t.ids)]).abs()[m[:len(t.ids)]]
-            for t, own, m in zip(traces, logprobs, mask)]
+def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
+                 sums: dict[str, float]) -> None:
+    """Add the gradient of -J over one micro-batch, and what to log to `sums`."""
+    logprobs, entropy, mask = trace_logprobs(model, part, config)  # (B, T)
+    if config.epochs * config.minibatches == 1:  # the only pass: pi_old is the current policy
+        for trace, row in zip(part, logprobs.tolist(), strict=True):
+            trace.old = row[:len(trace.ids)]
+    like = {"device": logprobs.device, "dtype": logprobs.dtype}
+    old = pad([t.old for t in part], **like)  # (B, T)
+    reference = pad([t.reference for t in part], **like) if config.beta > 0 else None
+    advantage = torch.tensor([t.advantage for t in part], **like)  # (B,)
+    weight = torch.tensor([t.weight for t in part], **like)  # (B,)
+    loss, stats = policy_loss(logprobs, old, reference, advantage, mask, weight, config)
+    loss.backward()
+    stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
+    for name, value in stats.items():
+        sums[name] += float(value)
+    sums["trained"] += sum(len(t.ids) for t in part)
 
 
-# ---------------------------------------------------------------------------------------------- loop
+# -------------------------------------------------------------------------------------------- loop
 
-COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finished", "truncated", "flat_groups", "calls",
-           "length", "entropy", "kl", "clip_low", "clip_high", "gap_mean", "gap_max", "grad_norm", "updates", "dropped", "lr",
-           "memo_hits", "heldout_greedy", "heldout_sampled", "time_sample", "time_train", "time_sample_rate", "time_train_rate",
-           "loss"]
-
-
-def roll_out(stage: Simulator, agent: AutoAgent, questions: list[Question], config: GRPOConfig, step: int
-             ) -> tuple[list[Trace], list[dict], Tensor]:
-    """One group of traces a question, their rewards with all parts, their advantages (B,)."""
-    traces = stage.traces(questions, config.group, step)
-    run_episodes(agent, stage.actor, traces, config.group)
-    asked = [q for q in questions for _ in range(config.group)]
-    rewards = [reward(trace, q.golds, config) for trace, q in zip(traces, asked)]
-    groups = torch.arange(len(questions)).repeat_interleave(config.group)
-    return traces, rewards, advantages(torch.tensor([r["reward"] for r in rewards]), groups, config.scale_std)
+GRPO_COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finished", "truncated",
+                "flat_groups", "calls", "length", "entropy", "kl", "clip_low", "clip_high",
+                "gap_mean", "gap_max", "grad_norm", "updates", "lr", "memo_hits", "heldout_greedy",
+                "heldout_sampled", "time_sample", "time_train", "time_sample_rate",
+                "time_train_rate", "loss"]
 
 
-def summary(traces: list[Trace], rewards: list[dict], advantage: Tensor, config: GRPOConfig) -> dict[str, float]:
-    """Means over the traces of one rollout; a part of the reward over the traces it applies to."""
-    def mean(values):
-        values = [float(v) for v in values if v is not None]
+def summary(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> dict[str, float]:
+    """Means over the traces of a rollout. A part of the reward is averaged where it applies."""
+    def mean(values: list) -> float:
+        values = [float(value) for value in values if value is not None]
         return sum(values) / len(values) if values else 0.0
-    return {**{name: mean(r[name] for r in rewards) for name in rewards[0]},
-            "finished": mean(t.status == "answered" for t in traces),
-            "truncated": mean(t.status == "truncated" for t in traces),
-            "flat_groups": mean((advantage.view(-1, config.group) == 0).all(1)),
-            "calls": mean(len(t.calls) for t in traces), "length": mean(sum(t.mask) for t in traces)}
+
+    row = {name: mean([r[name] for r in rewards]) for name in rewards[0]}
+    groups = [traces[i:i + config.group] for i in range(0, len(traces), config.group)]
+    return row | {"finished": mean([t.status == "answered" for t in traces]),
+                  "truncated": mean([t.status == "truncated" for t in traces]),
+                  "flat_groups": mean([not any(t.advantage for t in group) for group in groups]),
+                  "calls": mean([len(t.calls) for t in traces]),
+                  "length": mean([sum(t.mask) for t in traces])}
 
 
-def train(config: GRPOConfig) -> None:
-    """Stage 2 from OUT/sft/model to OUT/grpo/model."""
+def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
+         held_out: list[Question], run: Run) -> None:
+    """The loop of stage 2: roll out, reward, advantage, update, log, evaluate."""
+    config, actor = simulator.config, simulator.actor
+    agent = simulator.agent(model, config.questions * config.group, config.temperature)
+    optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
+    steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
+                      more=lambda: {"memo": list(actor.memo.items())})
+    bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
+               initial=run.state["step"])
+    for step in bar:
+        start = time.perf_counter()
+        asked, remembered = actor.asked, actor.remembered
+        traces = simulator.traces(plan[step], config.group, step)
+        run_episodes(agent, actor.answer, traces, config.group)
+        golds = [q.golds for q in plan[step] for _ in range(config.group)]
+        rewards = [reward(t, gold, config) for t, gold in zip(traces, golds, strict=True)]
+        set_advantages(traces, rewards, config)
+        middle = time.perf_counter()
+        lr = config.lr * (1 - step / config.steps)
+        log = update(model, simulator.model, optimizer, traces, config, lr)
+        end = time.perf_counter()
+
+        row = {"step": step, "lr": lr, **summary(traces, rewards, config), **log}
+        row["memo_hits"] = (actor.remembered - remembered) / max(1, actor.asked - asked)
+        row["time_sample"] = middle - start
+        row["time_train"] = end - middle
+        row["time_sample_rate"] = sum(sum(t.mask) for t in traces) / (middle - start)
+        row["time_train_rate"] = row.pop("trained") / (end - middle)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            result, answered = score_heldout(simulator, agent, held_out)
+            row["heldout_greedy"] = result["em_greedy"]
+            row["heldout_sampled"] = result["em_sampled"]
+            run.save_traces(step, answered)
+        run.log({name: row.get(name, "") for name in GRPO_COLUMNS})
+        if not log["updates"]:
+            bar.write(f"step {step}: all groups are flat (equal rewards), so no optimizer step")
+        if log.get("gap_mean", 0) > 0.05:
+            bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
+                      f"{log['gap_mean']:.3f} in the mean")
+        bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
+
+
+def choose_questions(config: GRPOConfig) -> tuple[list[list[Question]], list[Question]]:
+    """The questions of each step, and the held-out questions."""
+    rng = random.Random(f"grpo {config.seed}")
+    if config.data:
+        items = []
+        for number, file in enumerate(config.data):
+            for item in read_questions(file, config.skip_bad)[0]:
+                items.append(replace(item, id=f"{number} {item.id}"))
+        if len(items) < 20:
+            raise InputError(f"data: {len(items)} questions; at least 20 are needed, because every "
+                             "twentieth is held out")
+        pool = [item for i, item in enumerate(items) if i % 20 < 19]
+        held_out = items[19::20][:100]
+        rng.shuffle(pool)
+    else:
+        questions = make_questions(make_world(world_seed(config.out)))
+        train = [q for q in questions if q.set == "train"]
+        pool = mixed(train, config.steps * config.questions, rng)
+        held_out = [q for q in questions if q.set in HELD_OUT][::4]
+    plan = []
+    for step in range(config.steps):
+        first = step * config.questions
+        plan.append([pool[(first + i) % len(pool)] for i in range(config.questions)])
+    return plan, held_out
+
+
+def train_grpo(config: GRPOConfig) -> None:
+    """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
     set_up(config)
     before = Path(config.out) / "sft"
     if not (before / "model" / "config.json").exists():
         raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
-    world = make_world(read_config(SFTConfig, before / "config.json").seed)
-    rng = random.Random(f"grpo {config.seed}")
-    if config.data:
-        items = [replace(item, id=f"{n} {item.id}") for n, file in enumerate(config.data)
-                 for item in read_questions(file, config.skip_bad)[0]]
-        if len(items) < 20:
-            raise InputError(f"data: {len(items)} questions; at least 20 are needed, every twentieth is held out")
-        pool, held_out = [q for i, q in enumerate(items) if i % 20 < 19], items[19::20][:100]
-        rng.shuffle(pool)
-    else:
-        questions = make_questions(world)
-        pool = mixed([q for q in questions if q.set == "train"], config.steps * config.questions, rng)
-        held_out = [q for q in questions if q.set in HELD_OUT][::4]
-    with world.sealed():
-        stage = Simulator(before / "model", config, room=config.trace_tokens if config.data else None)
-        run = Run(Path(config.out) / "grpo", config, COLUMNS, before / "model", config.data)
-        if run.finished:
-            return
-        stage.restore(run.state)
-        plan = [[pool[(step * config.questions + i) % len(pool)] for i in range(config.questions)]
-                for step in range(config.steps)]
-        stage.make_tools([*held_out, *(q for step in plan for q in step)])
-        model = load(before / "model", stage.device)[0]
-        loop(stage, model, plan, held_out, run)
-        run.save(model, stage.tokenizer)
-
-
-def loop(stage: Simulator, model: Transformer, plan: list[list[Question]], held_out: list[Question], run: Run) -> None:
-    """The loop of stage 2: roll out, reward, advantage, update, log."""
-    config = stage.config
-    agent = stage.agent(model, config.questions * config.group, config.temperature)
-    optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
-    left, first = run.steps(len(plan), model, stage.tokenizer, optimizer, stage.state), run.state["step"]
-    bar = tqdm(left, desc="grpo", unit="step", mininterval=1, total=len(plan), initial=first)
-    for step in bar:
-        questions = plan[step]
-        start, asked, hits = time.perf_counter(), stage.actor.asked, stage.actor.remembered
-        traces, rewards, advantage = roll_out(stage, agent, questions, config, step)
-        middle = time.perf_counter()
-        lr = config.lr * (1 - step / config.steps)
-        row = {"step": step, "lr": lr, **summary(traces, rewards, advantage, config),
-               **update(model, stage.frozen, optimizer, traces, advantage, config, lr),
-               "memo_hits": (stage.actor.remembered - hits) / max(1, stage.actor.asked - asked)}
-        end = time.perf_counter()
-        row |= {"time_sample": middle - start, "time_sample_rate": sum(sum(t.mask) for t in traces) / (middle - start),
-                "time_train": end - middle, "time_train_rate": row.pop("trained") / (end - middle)}
-        if row["dropped"]:
-            run.save_traces(step, traces, "dropped.jsonl")
-            bar.write(f"step {step}: loss, gradient or log-ratio not finite; dropped, its traces are in dropped.jsonl")
-        elif not row["updates"]:
-            bar.write(f"step {step}: no group has a better and a worse trace to learn from; no optimizer step")
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            result, seen = score_heldout(stage, agent, held_out)
-            row |= {"heldout_greedy": result["em_greedy"], "heldout_sampled": result["em_sampled"]}
-            run.save_traces(step, seen)
-        run.log({name: row.get(name, "") for name in COLUMNS})
-        if row.get("gap_mean", 0) > 0.05:
-            bar.write(f"step {step}: sampler and trainer disagree by {row['gap_mean']:.3f} in the log-probability")
-        bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
-
-
+    plan, held_out = choose_questions(config)
+    simulator = Simulator(before / "model", config, natural=bool(config.data))
+    run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS, (before / "model", *config.data))
+    if run.finished:
+        return
+    simulator.actor.memo.update(run.state.get("memo", []))
+    simulator.make_tools(held_out + [q for questions in plan for q in questions])
+    model, _ = load(before / "model", pick_device())
+    loop(simulator, model, plan, held_out, run)
+    run.save(model, simulator.tokenizer)
 
 
 def main() -> None:
     """python grpo.py"""
     config = command_line(GRPOConfig, __doc__)
-    train(config)
-    data = " --data FILE, one that it wasn't trained on" if config.data else ""
-    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; look at it with: python mtr.py eval --out {config.out}{data}")
+    train_grpo(config)
+    data = " --data FILE" if config.data else ""
+    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; evaluate it with: "
+          f"python mtr.py eval --out {config.out}{data}")
 
 
 if __name__ == "__main__":

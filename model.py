@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from data import InputError, read_file, read_json
@@ -668,35 +667,3 @@ def _stop_ids(path: Path) -> list[int]:
         if type(stop) is not int:
             raise InputError(f"{path}: eos_token_id should hold ids, found {stop!r}")
     return stops
-
-
-CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
-# Qwen2.5's pre-split, with one departure: a space before a capital letter stands alone. So a name
-# is the same token in prose and in JSON, and a small model copies it by repeating one token.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?!\s\p{Lu})[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def train_tokenizer(texts: list[str], size: int, folder: Path, chat_template: str) -> Tokenizer:
-    """Train a byte-level BPE with Qwen2.5's control tokens on texts, and write it to folder."""
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size - len(CONTROL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainer)
-    for token in CONTROL_TOKENS:  # as in Qwen2.5, the tags of a call are added but not special
-        special = token.startswith("<|")
-        bpe.add_tokens([AddedToken(token, special=special, normalized=False)])
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template,
-              "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_prefix_space": False,
-              "model_max_length": 4096}
-    stops = {"eos_token_id": [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]}
-    for name, content in (("tokenizer_config.json", config), ("generation_config.json", stops)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return Tokenizer(folder)

@@ -1,4 +1,5 @@
 """Questions and how they are scored: the fictional world, its teacher, question files, metrics. No model in here."""
+import hashlib
 import json
 from pathlib import Path
 
@@ -27,3 +28,14 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
     if not isinstance(data, kind):
         raise InputError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, found {type(data).__name__}")
     return data
+
+
+def fingerprint(*paths: Path) -> str:
+    """SHA-256 of the contents of files. A folder counts by its weights."""
+    digest = hashlib.sha256()
+    for path in paths:
+        parts = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]
+        for part in parts:
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
