@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import jsonschema
@@ -282,7 +283,7 @@ class Trace:
 
     @property
     def calls(self) -> list[Call]:
-        return [call for turn in self.turns for call in turn.calls]
+        return list(chain.from_iterable(turn.calls for turn in self.turns))
 
     @property
     def answer(self) -> str | None:
@@ -297,8 +298,7 @@ class Trace:
 
     def record(self) -> dict:
         """The trace as JSON, for traces.jsonl."""
-        turns = [{"thought": t.thought, "calls": [vars(call) for call in t.calls],
-                  "answer": t.answer, "error": t.error} for t in self.turns]
+        turns = [{**vars(t), "calls": [vars(call) for call in t.calls]} for t in self.turns]
         return {"question": self.question, "status": self.status, "turns": turns,
                 "key": list(self.key), "tools": [tool.schema for tool in self.tools],
                 "ids": self.ids, "mask": self.mask}

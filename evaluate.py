@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,8 @@ def all_rows(out: Path, config: GRPOConfig, few: bool
     simulator = Simulator(out / "sft" / "model", config)
     simulator.make_tools(held_out)
     device = pick_device()
-    models = {name: load(out / name / "model", device)[0]
-              for name in ("sft", "sft_continued", "grpo")}
+    names = ("sft", "sft_continued", "grpo")
+    models = {name: load(out / name / "model", device)[0] for name in names}
     untrained = Transformer(simulator.model.config).init_weights(config.seed)
     models["untrained"] = untrained.to(device)
     simulated, real = simulator.actor.answer, data.tools.real(world.real)
@@ -85,8 +86,10 @@ def actor_recall(simulator: Simulator, world: World) -> float:
 
 def actor_fidelity(traces: list[Trace], world: World) -> float:
     """Share of the ToolActor's observations that are true."""
-    calls = [c for trace in traces for c in trace.calls if c.error is None and c.name in RELATIONS]
-    true = [c.observation == world.real(c.name, c.arguments) for c in calls]
+    true = []
+    for call in chain.from_iterable(trace.calls for trace in traces):
+        if call.error is None and call.name in RELATIONS:
+            true.append(call.observation == world.real(call.name, call.arguments))
     return sum(true) / max(1, len(true))
 
 
@@ -226,8 +229,10 @@ class Players:
             else:
                 made = [Toolbox("composition", [], 0) for _ in new]
             boxes |= zip([item.id for item in new], made, strict=True)
-            traces = [Trace(item.text, self.tools(item, boxes[item.id]),
-                            (config.seed, "play", item.id, sample)) for item, sample in part]
+            traces = []
+            for item, sample in part:
+                key = (config.seed, "play", item.id, sample)
+                traces.append(Trace(item.text, self.tools(item, boxes[item.id]), key))
             sealed = self.world and config.backend == "simulated"
             with self.world.sealed() if sealed else nullcontext():
                 run_episodes(self.agent, self.backend, traces, closed_book=not config.tools)
@@ -267,7 +272,7 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
         first = items[0]
         start = time.perf_counter()
         lines = []
-        asked = [(item, sample) for item in items for sample in range(config.samples)]
+        asked = list(product(items, range(config.samples)))
         with open(folder / f"{first.set}.jsonl", "a", encoding="utf-8") as file:
             for item, sample, _, trace in players.answer(asked):
                 answer = trace.answer if trace.status == "answered" else ""
@@ -316,8 +321,8 @@ def make_traces(config: TracesConfig) -> Counter:
     settings["sources"] = fingerprint(config.model, *config.data)
     done = read_done(path, settings)
     why = Counter(done.values())
-    asked = [(item, sample) for item in items for sample in range(config.samples)
-             if (item.id, sample) not in done]
+    asked = product(items, range(config.samples))
+    asked = [(item, sample) for item, sample in asked if (item.id, sample) not in done]
     with open(path, "a", encoding="utf-8") as file:
         for item, sample, box, trace in players.answer(asked):
             reason = why_not(trace, item)

@@ -27,6 +27,7 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def leaves(value: object) -> list:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return [leaf for child in value for leaf in leaves(child)]
+        return list(chain.from_iterable(map(leaves, value)))
     return [] if value is None or isinstance(value, bool) else [value]
 
 
@@ -187,7 +188,7 @@ def reward_valid(trace: Trace, evidence: list[Evidence]) -> float | None:
 
 def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float | None:
     """Share of the arguments that are grounded. Repeated calls don't count."""
-    grounded = [ok for e in evidence if not e.repeated for ok in e.grounded]
+    grounded = list(chain.from_iterable(e.grounded for e in evidence if not e.repeated))
     return sum(grounded) / len(grounded) if grounded else None
 
 
@@ -212,9 +213,9 @@ def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
         for other in evidence:
             if other.turn > e.turn and not other.repeated:
                 later += leaves(other.call.arguments)
-        used = [value for value in e.new if same(value, trace.answer)
-                or any(holds(text, value) for text in later)]
-        if used and not e.repeated:
+        answers = any(same(value, trace.answer) for value in e.new)
+        goes_on = any(holds(text, value) for text, value in product(later, e.new))
+        if (answers or goes_on) and not e.repeated:
             useful += 1
     return useful / len(evidence) if evidence else None
 
@@ -352,8 +353,11 @@ class Simulator:
 
     def traces(self, questions: list[Question], group: int, *key) -> list[Trace]:
         """`group` new traces for each question, with the tools of that question."""
-        return [Trace(q.text, self.boxes[q.id].tools, (self.config.seed, *key, q.id, sample))
-                for q in questions for sample in range(group)]
+        traces = []
+        for q, sample in product(questions, range(group)):
+            own_key = (self.config.seed, *key, q.id, sample)
+            traces.append(Trace(q.text, self.boxes[q.id].tools, own_key))
+        return traces
 
 
 def score_heldout(simulator: Simulator, agent: AutoAgent, questions: list[Question], backend=None,
@@ -399,8 +403,8 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
 
 def means(measures: list[dict]) -> dict[str, float | None]:
     """The means of the scores. valid_calls is the share of all calls, None without a call."""
-    row = {name: float(np.mean([m[name] for m in measures]))
-           for name in ("f1", "grammar", "support", "calls", "length")}
+    names = ("f1", "grammar", "support", "calls", "length")
+    row = {name: float(np.mean([m[name] for m in measures])) for name in names}
     calls = sum(m["calls"] for m in measures)
     row["valid_calls"] = sum(m["valid_calls"] for m in measures) / calls if calls else None
     return row
@@ -524,7 +528,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         asked, remembered = actor.asked, actor.remembered
         traces = simulator.traces(plan[step], config.group, step)
         run_episodes(agent, actor.answer, traces, config.group)
-        golds = [q.golds for q in plan[step] for _ in range(config.group)]
+        golds = [plan[step][i // config.group].golds for i in range(len(traces))]
         rewards = [reward(t, gold, config) for t, gold in zip(traces, golds, strict=True)]
         set_advantages(traces, rewards, config)
         middle = time.perf_counter()
@@ -590,7 +594,7 @@ def train_grpo(config: GRPOConfig) -> None:
     if run.finished:
         return
     simulator.actor.memo.update(run.state.get("memo", []))
-    simulator.make_tools(held_out + [q for questions in plan for q in questions])
+    simulator.make_tools([*held_out, *chain(*plan)])
     model, _ = load(before / "model", pick_device())
     loop(simulator, model, plan, held_out, run)
     run.save(model, simulator.tokenizer)

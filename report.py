@@ -54,8 +54,8 @@ def show_evaluation(rows: list[dict]) -> None:
                        "grammar", "valid_calls", "support", "calls", "length", "seconds", "bad"])
     row = rows[0]
     print(f"agent: {row['model']}; calls answered by: {row['backend']}; {row['samples']} traces "
-          f"per question at temperature {row['temperature']}\nem_low to em_high is a 95 % interval. "
-          "Benchmarks are scored by their own rules, common and bamboogle by those of SQuAD 2.0.")
+          f"per question at temperature {row['temperature']}\nem_low to em_high is a 95 % "
+          "interval. Benchmarks are scored by their own rules, common and bamboogle by SQuAD's.")
 
 
 def before_and_after(questions: list[Question], before: list[Trace], after: list[Trace]) -> str:

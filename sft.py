@@ -166,8 +166,7 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
 
 def to_traces(records: dict[str, list[dict]], tokenizer: Tokenizer) -> dict[str, list[Trace]]:
     """Recorded conversations -> traces, by role."""
-    return {role: [to_trace(record, tokenizer) for record in part]
-            for role, part in records.items()}
+    return {role: [to_trace(r, tokenizer) for r in part] for role, part in records.items()}
 
 
 def read_traces(path: str) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:

@@ -1,15 +1,15 @@
-"""Questions and how they are scored: the fictional world, its teacher, question files, metrics. No model in here."""
+"""The fictional world, question files, tools without a model, scoring. No model in this folder."""
 import hashlib
 import json
 from pathlib import Path
 
 
 class InputError(ValueError):
-    """A user's mistake: one line that names the culprit and what was expected; programs exit with 2."""
+    """A user's mistake. One line names the culprit and what was expected; programs exit with 2."""
 
 
 def read_file(path: Path) -> bytes:
-    """What a file holds; InputError names one that is missing or can't be read."""
+    """The content of a file. InputError if it is missing or not readable."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -19,22 +19,24 @@ def read_file(path: Path) -> bytes:
 
 
 def read_json(path: Path, kind: type = dict) -> dict | list:
-    """A JSON object, or a list, from a file; InputError names the file that is missing or broken."""
+    """A JSON object, or a list, from a file. InputError if it is missing or broken."""
     content = read_file(path)
     try:
-        data = json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, kind):
-        raise InputError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, found {type(data).__name__}")
-    return data
+    if not isinstance(value, kind):
+        wanted = "object" if kind is dict else "list"
+        found = type(value).__name__
+        raise InputError(f"{path}: expected a JSON {wanted}, found {found}")
+    return value
 
 
 def fingerprint(*paths: Path) -> str:
     """SHA-256 of the contents of files. A folder counts by its weights."""
     digest = hashlib.sha256()
-    for path in paths:
-        parts = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]
+    for path in map(Path, paths):
+        parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         for part in parts:
             with open(part, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
