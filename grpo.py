@@ -38,8 +38,8 @@ from tqdm import tqdm
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.read import read_questions
-from data.score import exact_match, f1, normalize
-from data.world import HELD_OUT, Question, make_questions, make_world, mixed
+from data.score import exact_match, f1, holds, leaves, normalize, same, words
+from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
 from model import Sampler, Transformer, load, token_logprobs
 from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
 from sft import make_optimizer, micro_batches, optimizer_step, pad, world_seed
@@ -101,31 +101,6 @@ class GRPOConfig:
 
 # ------------------------------------------------------------------------------------------ reward
 # R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the parts below.
-
-
-def leaves(value: object) -> list:
-    """The strings and numbers inside a JSON value, without true, false and null."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return list(chain.from_iterable(map(leaves, value)))
-    return [] if value is None or isinstance(value, bool) else [value]
-
-
-def holds(text: object, part: object) -> bool:
-    """Whether `part` stands in `text` as whole words, both after the scorer's normaliser."""
-    want = normalize(str(part))
-    return bool(want) and f" {want} " in f" {normalize(str(text))} "
-
-
-def same(a: object, b: object) -> bool:
-    """Whether two values are equal after the scorer's normaliser, and not empty."""
-    return normalize(str(a)) == normalize(str(b)) != ""
-
-
-def words(*values: object) -> set[str]:
-    """The normalised words of some values."""
-    return set(normalize(" ".join(map(str, values))).split())
 
 
 @dataclass
@@ -556,7 +531,8 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
 
 
-def choose_questions(config: GRPOConfig) -> tuple[list[list[Question]], list[Question]]:
+def choose_questions(config: GRPOConfig, world: World
+                     ) -> tuple[list[list[Question]], list[Question]]:
     """The questions of each step, and the held-out questions."""
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
@@ -571,7 +547,7 @@ def choose_questions(config: GRPOConfig) -> tuple[list[list[Question]], list[Que
         held_out = items[19::20][:100]
         rng.shuffle(pool)
     else:
-        questions = make_questions(make_world(world_seed(config.out)))
+        questions = make_questions(world)
         train = [q for q in questions if q.set == "train"]
         pool = mixed(train, config.steps * config.questions, rng)
         held_out = [q for q in questions if q.set in HELD_OUT][::4]
@@ -588,15 +564,17 @@ def train_grpo(config: GRPOConfig) -> None:
     before = Path(config.out) / "sft"
     if not (before / "model" / "config.json").exists():
         raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
-    plan, held_out = choose_questions(config)
+    world = make_world(world_seed(config.out))
+    plan, held_out = choose_questions(config, world)
     simulator = Simulator(before / "model", config, natural=bool(config.data))
     run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS, (before / "model", *config.data))
     if run.finished:
         return
     simulator.actor.memo.update(run.state.get("memo", []))
-    simulator.make_tools([*held_out, *chain(*plan)])
     model, _ = load(before / "model", pick_device())
-    loop(simulator, model, plan, held_out, run)
+    with world.sealed():  # any look-up of a fact raises
+        simulator.make_tools([*held_out, *chain(*plan)])
+        loop(simulator, model, plan, held_out, run)
     run.save(model, simulator.tokenizer)
 
 

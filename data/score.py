@@ -1,18 +1,20 @@
-"""Exact match and token F1 by the rules of the benchmarks' official scripts, and how sure a mean of them is."""
+"""Exact match and token F1 by the official rules, a confidence interval, evidence in texts."""
 import re
 import string
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Whose F1 knows yes, no and noanswer. The others' is SQuAD 2.0's; Bamboogle and plain files have no rule of their own.
+# Under these rules, F1 treats yes, no and noanswer as special answers. All other rules use the F1
+# of SQuAD 2.0. Bamboogle and plain files define no rule of their own.
 YES_NO = ("hotpotqa", "2wiki", "2wiki_v1.1")
 
 
 def normalize(text: str) -> str:
-    """Lower case; ASCII punctuation deleted, not spaced; articles to spaces; spaces squeezed (SQuAD, HotpotQA).
+    """Lowercase, delete ASCII punctuation and articles, collapse spaces (SQuAD, HotpotQA).
 
     >>> normalize("The  co-op, U.S.")
     'coop us'
@@ -21,18 +23,23 @@ def normalize(text: str) -> str:
 
 
 def exact_match(prediction: str, golds: list[str]) -> float:
-    """1.0 if the prediction equals any gold after normalising, else 0.0: all benchmarks' rule."""
+    """Return 1.0 if the normalized prediction equals any normalized gold, else 0.0.
+    All benchmarks use this rule."""
     return float(any(normalize(prediction) == normalize(gold) for gold in golds))
 
 
 def f1(prediction: str, golds: list[str], rule: str = "hotpotqa") -> float:
-    """Best token-bag F1 over the golds, in [0, 1]. HotpotQA and 2Wiki: 0 where one side is yes, no or noanswer and they
-    differ, and 0 where both are empty (hotpot_evaluate_v1.py); MuSiQue and SQuAD 2.0: two empty sides are equal.
+    """Return the best token F1 over the golds, in [0, 1]. In HotpotQA and 2Wiki
+    (hotpot_evaluate_v1.py), F1 is 0 if one side is yes, no or noanswer and the other differs. It is
+    also 0 if both sides are empty. In MuSiQue and SQuAD 2.0, F1 is 1 if both sides are empty.
 
-    >>> round(f1("the city of Velka", ["Velka"]), 2), f1("yes it is", ["yes"]), f1("yes it is", ["yes"], "musique")
-    (0.5, 0.0, 0.5)
+    >>> round(f1("the city of Velka", ["Velka"]), 2)
+    0.5
+    >>> f1("yes it is", ["yes"]), f1("yes it is", ["yes"], "musique")
+    (0.0, 0.5)
     """
-    return max(_f1(normalize(prediction), normalize(gold), rule in YES_NO) for gold in golds)
+    yes_no = rule in YES_NO
+    return max(_f1(normalize(prediction), normalize(gold), yes_no) for gold in golds)
 
 
 def _f1(prediction: str, gold: str, yes_no: bool) -> float:
@@ -40,14 +47,47 @@ def _f1(prediction: str, gold: str, yes_no: bool) -> float:
         return 0.0
     if not yes_no and not (prediction and gold):
         return float(prediction == gold)
-    said, want = prediction.split(), gold.split()
-    shared = sum((Counter(said) & Counter(want)).values())
-    return 2 * shared / (len(said) + len(want)) if shared else 0.0
+    predicted_words = prediction.split()
+    gold_words = gold.split()
+    shared = sum((Counter(predicted_words) & Counter(gold_words)).values())
+    # 2PR / (P + R) with precision P = shared / predicted words, recall R = shared / gold words.
+    return 2 * shared / (len(predicted_words) + len(gold_words)) if shared else 0.0
 
 
 def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean over questions (percentiles; Efron 1979). The same values, the same interval."""
-    rng, values = np.random.default_rng(0), np.asarray(values, dtype=float)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    """Return (low, high), the 95 % bootstrap percentile interval of the mean (Efron 1979).
+    `values` holds one score per question. The seed is fixed: equal values give equal intervals."""
+    rng = np.random.default_rng(0)
+    scores = np.asarray(values, dtype=float)
+    n = len(scores)
+    means = [scores[rng.integers(n, size=n)].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+# ---------------------------------------------------------------- evidence, for the reward in grpo.py
+
+
+def leaves(value: object) -> list:
+    """The strings and numbers inside a JSON value, without true, false and null."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return list(chain.from_iterable(map(leaves, value)))
+    return [] if value is None or isinstance(value, bool) else [value]
+
+
+def holds(text: object, part: object) -> bool:
+    """Whether `part` stands in `text` as whole words, both after the scorer's normaliser."""
+    want = normalize(str(part))
+    return bool(want) and f" {want} " in f" {normalize(str(text))} "
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two values are equal after the scorer's normaliser, and not empty."""
+    return normalize(str(a)) == normalize(str(b)) != ""
+
+
+def words(*values: object) -> set[str]:
+    """The normalised words of some values."""
+    return set(normalize(" ".join(map(str, values))).split())

@@ -1,19 +1,22 @@
-"""A fictional world from a seed: its facts, questions over them, a teacher with a flaw, the real tools.
-
-Everything is invented, so no model can know it from elsewhere: what the ToolActor knows it has learned here,
-and what AutoAgent answers it has been told by a tool."""
+"""A fictional world: its facts, its real tools, questions about it, and a teacher's conversations.
+All names are invented, so no pretrained model knows the facts. The ToolActor learns the facts in
+training. AutoAgent reads them from tool observations."""
+import itertools
 import json
+import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data.schema import object_schema
 from data.tools import compare
 
-# relation: (kind of its subject, kind of its value, what the tool says of itself). Numbers are given as text, as by
-# many a web API: the miniature then learns to copy a digit as it learns to copy a name, and much later otherwise.
-RELATIONS = {
+# Numbers are strings, as in many web APIs. The miniature learns to copy a quoted digit as early as
+# a name, but a bare digit much later.
+RELATIONS = {  # relation: (kind of its subject, kind of its value, description of its tool)
     "birthplace": ("person", "city", "The city where a person was born."),
     "employer": ("person", "company", "The company that a person works for."),
     "spouse": ("person", "person", "The person whom a person is married to."),
@@ -28,397 +31,450 @@ RELATIONS = {
     "mayor": ("city", "person", "The mayor of a city."),
     "capital": ("country", "city", "The capital of a country."),
     "language": ("country", "language", "The language that a country speaks."),
-    "currency": ("country", "currency", "The money that a country uses."),
-}
+    "currency": ("country", "currency", "The money that a country uses.")}
+# Number of entities of each kind.
 SIZES = {"person": 32, "company": 10, "city": 16, "country": 8, "language": 8, "currency": 8}
-# Said in one word, looked up in several steps; the steps in the order of the lookups.
-INFERENCE = {
+INFERENCE = {  # one word in the question stands for several lookups, listed in order
     "grandfather": ("father", "father"),
     "father-in-law": ("spouse", "father"),
     "boss": ("employer", "founder"),
     "native language": ("birthplace", "country", "language"),
-    "home currency": ("birthplace", "country", "currency"),
-}
-# What a comparison asks for, one word for each relation: with either word for both, some seeds never learned to read which.
+    "home currency": ("birthplace", "country", "currency")}
+# Each relation has its own word. With both words for both relations, some runs confuse the words.
 COMPARED = {"score": "largest", "size": "smallest"}
-HELD_OUT = ("hotpot", "musique", "2wiki", "bamboogle")  # each in the manner of the benchmark of that name
-SILLY = {("country", "capital"), ("capital", "country")}  # a step back to where the question came from
+HELD_OUT = ("hotpot", "musique", "2wiki", "bamboogle")  # each imitates the benchmark of that name
+SILLY = {("country", "capital"), ("capital", "country")}  # never consecutive: one undoes the other
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question. golds are the accepted answers: for the scorer alone, no prompt ever holds them."""
+    """A question about a world. Only the scorer reads `golds`; no prompt contains them."""
     id: str
     text: str
-    golds: list[str]
-    set: str                       # "train" or one of HELD_OUT
-    kind: str                      # what the ToolMaker should call it
+    golds: list[str]               # accepted answers
+    set: str                       # "train" or a name in HELD_OUT
+    kind: str                      # "composition", "inference" or "comparison"
     steps: list[tuple[str, str]]   # (relation, subject) of each lookup, in order
-    chain: tuple[str, ...]         # the entities it passes through; a comparison's two, sorted
+    chain: tuple[str, ...]         # entities from start to answer; in a comparison, both, sorted
 
 
 @dataclass
 class World:
-    """Entities and facts. Inside sealed() any look at the facts raises: a rollout can't fall back to a lookup."""
+    """Entities and facts. The facts can be sealed while a model simulates the tools."""
     seed: int
-    names: dict[str, list[str]]
-    _facts: dict[tuple[str, str], str] = field(repr=False)
+    names: dict[str, list[str]]                              # {kind: entities}
+    _facts: dict[tuple[str, str], str] = field(repr=False)   # {(relation, subject): value}
     _open: bool = True
 
     @property
     def facts(self) -> dict[tuple[str, str], str]:
-        """(relation, subject) -> value."""
+        """Return {(relation, subject): value}. Raise PermissionError if the world is sealed."""
         if not self._open:
-            raise PermissionError("the world's facts are sealed while a model plays its tools")
+            raise PermissionError("the facts are sealed while a model simulates the tools")
         return self._facts
 
     @contextmanager
     def sealed(self):
-        """While this is entered, the facts are out of reach."""
-        was, self._open = self._open, False
+        """Return a context manager that blocks access to the facts, so no rollout can use them."""
+        was_open = self._open
+        self._open = False
         try:
             yield
         finally:
-            self._open = was
+            self._open = was_open
 
     def real(self, name: str, arguments: dict) -> dict:
-        """The real tool: the fact, under its relation's name, or an error."""
+        """Run a real tool: return {relation: value}, or an error if the fact is missing."""
         subject = next(iter(arguments.values()), None)
-        if name not in RELATIONS or not isinstance(subject, str) or (name, subject) not in self.facts:
-            return unknown(name)
-        return {name: self.facts[name, subject]}
+        known = name in RELATIONS and isinstance(subject, str) and (name, subject) in self.facts
+        return {name: self.facts[name, subject]} if known else unknown(name)
 
 
 def unknown(relation: str) -> dict:
-    """What a tool answers that has no such fact."""
+    """Return the error that a real tool reports for a missing fact."""
     return {"error": f"no {relation} found"}
 
 
 def make_world(seed: int) -> World:
-    """The world of a seed; the same seed, the same world."""
-    rng, used = random.Random(f"names {seed}"), set()
-    names = {kind: [_name(rng, used) for _ in range(n)] for kind, n in SIZES.items()}
+    """Return the world of a seed. Equal seeds give equal worlds."""
+    stream = _distinct_names(random.Random(f"names {seed}"))
+    names = {kind: list(itertools.islice(stream, n)) for kind, n in SIZES.items()}
     return World(seed, names, _draw_facts(names, random.Random(f"facts {seed}")))
 
 
 def imagine(world: World, number: int) -> World:
-    """The same names, other facts: a world to learn the grammar of traces in, but no fact of the true one."""
-    return World(world.seed, world.names, _draw_facts(world.names, random.Random(f"imagined {world.seed} {number}")))
+    """Return a world with the same names and other facts. It reveals no fact of the true world."""
+    rng = random.Random(f"imagined {world.seed} {number}")
+    return World(world.seed, world.names, _draw_facts(world.names, rng))
 
 
-def _draw(names: dict[str, list[str]], kind: str, rng: random.Random) -> str:
-    """Anything of a kind."""
+def _distinct_names(rng: random.Random) -> Iterator[str]:
+    used = set()
+    while True:
+        syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)]
+        name = "".join(syllables).capitalize() + rng.choice(["", "n", "r", "s", "x", "l"])
+        if name not in used:
+            used.add(name)
+            yield name
+
+
+def _draw_value(names: dict[str, list[str]], kind: str, rng: random.Random) -> str:
     return str(rng.randrange(1, 10)) if kind == "number" else rng.choice(names[kind])
 
 
 def _draw_facts(names: dict[str, list[str]], rng: random.Random) -> dict[tuple[str, str], str]:
     facts: dict[tuple[str, str], str] = {}
+    # Four generations of eight people, eldest first. People 0 and 1, 2 and 3, ... are couples.
     people = rng.sample(names["person"], SIZES["person"])
-    for i, person in enumerate(people):  # in the order of their birth: four generations of four couples
+    for i, person in enumerate(people):
         facts["birthplace", person] = rng.choice(names["city"])
         facts["home", person] = rng.choice(names["city"])
         facts["employer", person] = rng.choice(names["company"])
         facts["spouse", person] = people[i ^ 1]
-        facts["score", person] = _draw(names, "number", rng)
-        if i >= 8:  # of the eldest nothing is known before themselves
-            elders = people[(i // 8 - 1) * 8:i // 8 * 8]
-            facts["father", person], facts["teacher", person] = rng.choice(elders), rng.choice(elders)
+        facts["score", person] = _draw_value(names, "number", rng)
+        generation = i // 8
+        if generation > 0:  # the first generation has no father and no teacher
+            elders = people[(generation - 1) * 8:generation * 8]
+            facts["father", person] = rng.choice(elders)
+            facts["teacher", person] = rng.choice(elders)
     for company in names["company"]:
         facts["headquarters", company] = rng.choice(names["city"])
         facts["founder", company] = rng.choice(people)
-        facts["size", company] = _draw(names, "number", rng)
+        facts["size", company] = _draw_value(names, "number", rng)
     for i, city in enumerate(rng.sample(names["city"], SIZES["city"])):
         country = names["country"][i % SIZES["country"]]
         facts["country", city] = country
         facts["mayor", city] = rng.choice(people)
-        if i < SIZES["country"]:
+        if i < SIZES["country"]:  # the first city of each country is its capital
             facts["capital", country] = city
             facts["language", country] = rng.choice(names["language"])
             facts["currency", country] = rng.choice(names["currency"])
     return facts
 
 
-def _name(rng: random.Random, used: set[str]) -> str:
-    while True:
-        name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)).capitalize()
-        name += rng.choice(["", "n", "r", "s", "x", "l"])
-        if name not in used:
-            used.add(name)
-            return name
-
-
 def tool_for(relation: str) -> dict:
-    """The tool that looks a relation up, as the ToolMaker should write it."""
+    """Return the tool definition that the ToolMaker should write for a relation."""
     subject, _, description = RELATIONS[relation]
+    text = {"type": "string"}
     return {"name": relation, "description": description,
-            "parameters": {"type": "object", "properties": {subject: {"type": "string"}}, "required": [subject]},
-            "returns": {"type": "object", "properties": {relation: {"type": "string"}}, "required": [relation]}}
+            "parameters": object_schema(**{subject: text}),
+            "returns": object_schema(**{relation: text})}
 
 
-# ----------------------------------------------------------------------------------------- questions
+def tools_for(question: Question) -> list[dict]:
+    """Return one tool definition per relation of a question, in the order of the lookups."""
+    relations = dict.fromkeys(relation for relation, _ in question.steps)
+    return [tool_for(relation) for relation in relations]
+
+
+# ---------------------------------------------------------------------------------------- questions
 
 
 def make_questions(world: World, each: int = 50) -> list[Question]:
-    """Training questions and `each` questions in each held-out set. No held-out chain of entities is a part
-    of a training question's chain, and the paths of relations in the bamboogle set are in no training question."""
+    """Return the training questions, then `each` questions for every held-out set.
+    No training chain contains a held-out chain. No training path contains a bamboogle path."""
     rng = random.Random(f"questions {world.seed}")
     paths, unseen = _choose_paths(rng)
-    pools = _pools(world, paths, rng) | {"unseen": _compositions(world, unseen)}
+    pools = _make_pools(world, paths, rng)
+    pools["unseen"] = _questions_along(world, unseen)
     for pool in pools.values():
         rng.shuffle(pool)
-    third, quarter, fifth, most = each // 3, each // 4, each // 5, Counter()
-    recipe = {"hotpot": (("bridge", each - fifth), ("comparison", fifth)),  # about the benchmarks' own shares
-              "musique": (("bridge", third), ("three", third), ("four", each - 2 * third)),
-              "2wiki": (("comparison", quarter), ("inference", quarter), ("bridge", each - 2 * quarter)),
-              "bamboogle": (("unseen", each),)}
-    held_out = []
-    for name, parts in recipe.items():
-        for pool, n in parts:
-            held_out += _take(pools[pool], n, most, limit=max(1, each * len(recipe) // 25), name=name, first=len(held_out))
+    recipes = {  # {set: {pool: number of questions}}, about the proportions of the benchmarks
+        "hotpot": {"bridge": each - each // 5, "comparison": each // 5},
+        "musique": {"bridge": each // 3, "three": each // 3, "four": each - each // 3 * 2},
+        "2wiki": {"comparison": each // 4, "inference": each // 4, "bridge": each - each // 4 * 2},
+        "bamboogle": {"unseen": each}}
+    limit = max(1, each * len(recipes) // 25)  # at most 4 % share an answer
+    answer_counts: Counter[str] = Counter()
+    held_out: list[Question] = []
+    for name, recipe in recipes.items():
+        for pool_name, n in recipe.items():
+            for q in _take(pools[pool_name], n, answer_counts, limit):
+                held_out.append(replace(q, id=f"{name}-{q.kind}-{len(held_out)}", set=name))
     del pools["unseen"]
-    return _training(pools, held_out) + held_out
+    return _training_questions(pools, held_out) + held_out
 
 
-def imagined_questions(world: World, number: int, held_out: list[Question]) -> tuple[World, list[Question]]:
-    """Training questions of an imagined world, on the same paths; none is a held-out question or shares its chain."""
+def _take(pool: list[Question], n: int, answer_counts: Counter, limit: int) -> list[Question]:
+    """Move n questions out of a pool. Over all sets, an answer occurs at most `limit` times."""
+    taken = []
+    for question in list(pool):
+        answer = question.golds[0]
+        if len(taken) < n and answer_counts[answer] < limit:
+            answer_counts[answer] += 1
+            pool.remove(question)
+            taken.append(question)
+    return taken
+
+
+def imagined_questions(world: World, number: int, held_out: list[Question]) -> tuple[World, list]:
+    """Return an imagined world and its training questions, on the same paths as in the true world.
+    No question repeats a held-out text or contains a held-out chain."""
     paths, _ = _choose_paths(random.Random(f"questions {world.seed}"))
     other = imagine(world, number)
-    return other, _training(_pools(other, paths, random.Random(f"imagined {world.seed} {number}")), held_out)
+    pools = _make_pools(other, paths, random.Random(f"imagined {world.seed} {number}"))
+    return other, _training_questions(pools, held_out)
 
 
-def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[tuple[World, Question]]:
-    """Questions of two to four relations that need not fit ("the size of the spouse of the capital"), each with a world that
-    holds its made-up facts alone; no unseen path, no held-out chain among them. From sensible questions a role learns which
-    relation follows which, from these to read the question."""
-    unseen, chains = set(_choose_paths(random.Random(f"questions {world.seed}"))[1]), {q.chain for q in held_out}
-    texts, made = {q.text for q in held_out}, []
+def _training_questions(pools: dict[str, list[Question]], held_out: list[Question]) -> list:
+    texts = {q.text for q in held_out}
+    chains = {q.chain for q in held_out}
+    train: list[Question] = []
+    for q in itertools.chain.from_iterable(pools.values()):
+        if q.text not in texts and chains.isdisjoint(_parts(q.chain)):
+            train.append(replace(q, id=f"train-{q.kind}-{len(train)}"))
+    return train
+
+
+def _parts(chain: tuple) -> list[tuple]:
+    """Return all contiguous parts of a chain, including itself."""
+    return [chain[i:j] for i, j in itertools.combinations(range(len(chain) + 1), 2)]
+
+
+def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random) -> list[tuple]:
+    """Return n pairs (world, question) with random relations ("the size of the mayor of Tili").
+    Each world holds only the facts of its question. Held-out paths and chains are excluded.
+    Sensible questions teach which relation follows which; nonsense teaches to read the question."""
+    _, unseen = _choose_paths(random.Random(f"questions {world.seed}"))
+    texts = {q.text for q in held_out}
+    chains = {q.chain for q in held_out}
+    made = []
     while len(made) < n:
         path = tuple(rng.sample(list(RELATIONS), rng.randint(2, 4)))
         kinds = [RELATIONS[path[0]][0], *(RELATIONS[relation][1] for relation in path)]
-        chain = tuple(_draw(world.names, kind, rng) for kind in kinds)
-        text, steps = _text(chain[0], path, path), list(zip(path, chain))
-        leaks = {path[:3], path[1:]} & unseen or chains & set(_parts(chain)) or text in texts
-        if not leaks and len(set(chain)) == len(chain):
-            made.append((World(world.seed, world.names, dict(zip(steps, chain[1:]))),
-                         Question("", text, [chain[-1]], "train", "composition", steps, chain)))
+        chain = tuple(_draw_value(world.names, kind, rng) for kind in kinds)
+        question = _question(chain, path)
+        has_unseen = path[:3] in unseen or path[1:] in unseen  # unseen: three relations
+        has_held_out = question.text in texts or not chains.isdisjoint(_parts(chain))
+        if not has_unseen and not has_held_out and len(set(chain)) == len(chain):
+            facts = dict(zip(question.steps, chain[1:], strict=True))
+            made.append((World(world.seed, world.names, facts), question))
     return made
 
 
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
-    """At most n of the questions, shuffled, a sixth of each form or all there are: compositions of 2, 3 and 4 hops,
-    inferences, comparisons of scores and of sizes. Comparisons are hardest to learn, hence two of the six."""
+    """Return up to n questions in random order, a sixth of each form, or all of a small form.
+    Forms are compositions of 2, 3 and 4 lookups, inferences, comparisons of scores and of sizes.
+    Comparisons have two forms because they are hardest to learn."""
     forms: dict[tuple, list[Question]] = {}
     for q in questions:
-        form = {"composition": len(q.steps), "comparison": q.steps[0][0]}.get(q.kind)
-        forms.setdefault((q.kind, form), []).append(q)
-    each = [rng.sample(part, min(len(part), -(-n // len(forms)))) for part in forms.values()]
-    return rng.sample(chosen := [q for part in each for q in part], min(n, len(chosen)))
+        detail = {"composition": len(q.steps), "comparison": q.steps[0][0]}.get(q.kind)
+        forms.setdefault((q.kind, detail), []).append(q)
+    chosen = []
+    for of_form in forms.values():
+        chosen += rng.sample(of_form, min(len(of_form), math.ceil(n / len(forms))))
+    return rng.sample(chosen, min(n, len(chosen)))
 
 
-def _choose_paths(rng: random.Random) -> tuple[dict[int, list[tuple[str, ...]]], list[tuple[str, ...]]]:
-    """Paths of relations by number of hops, none of them twice in a path; and twelve paths of three hops that are no
-    part of any of those."""
-    pairs = [(a, b) for a in RELATIONS for b in RELATIONS if RELATIONS[a][1] == RELATIONS[b][0]
-             and a != b and (a, b) not in SILLY]
-    threes = [(a, b, c) for a, b in pairs for x, c in pairs if x == b and c != a and (a, b, c) not in INFERENCE.values()]
+def _choose_paths(rng: random.Random) -> tuple[dict[str, list[tuple]], list[tuple]]:
+    """Return {pool: paths}, and twelve unseen paths that no path in a pool contains. A path is a
+    tuple of relations, in the order of the lookups. For example, ("founder", "birthplace") leads
+    from a company to its founder, and from the founder to a city."""
+    twos = _extend([(relation,) for relation in RELATIONS])
+    threes = [path for path in _extend(twos) if path not in INFERENCE.values()]
     rng.shuffle(threes)
-    unseen, three = threes[:12], threes[12:]
-    fours = [(*path, b) for path in three for a, b in pairs
-             if path[-1] == a and b not in path and (*path[1:], b) not in unseen]
-    return {2: pairs, 3: three, 4: fours}, unseen
+    unseen = threes[:12]
+    seen = threes[12:]
+    fours = [path for path in _extend(seen) if path[1:] not in unseen]
+    return {"bridge": twos, "three": seen, "four": fours}, unseen
 
 
-def _pools(world: World, paths: dict[int, list[tuple[str, ...]]], rng: random.Random) -> dict[str, list[Question]]:
-    return {"bridge": _compositions(world, paths[2]), "three": _compositions(world, paths[3]),
-            "four": _compositions(world, paths[4]), "inference": _inferences(world), "comparison": _comparisons(world, rng)}
+def _extend(paths: list[tuple]) -> list[tuple]:
+    """Return all extensions of the paths by one relation. No relation occurs twice in a path."""
+    longer = []
+    for path in paths:
+        for relation, (subject, _, _) in RELATIONS.items():
+            fits = subject == RELATIONS[path[-1]][1] and (path[-1], relation) not in SILLY
+            if fits and relation not in path:
+                longer.append((*path, relation))
+    return longer
 
 
-def _training(pools: dict[str, list[Question]], held_out: list[Question]) -> list[Question]:
-    chains, texts = {q.chain for q in held_out}, {q.text for q in held_out}
-    train = [q for pool in pools.values() for q in pool if q.text not in texts and not chains & set(_parts(q.chain))]
-    return [_numbered(q, "train", i) for i, q in enumerate(train)]
+def _make_pools(world: World, paths: dict[str, list[tuple]], rng: random.Random) -> dict:
+    """Return {pool: questions}. The pools bridge, three and four hold the compositions."""
+    pools = {name: _questions_along(world, of_pool) for name, of_pool in paths.items()}
+    pools["inference"] = []
+    for word, path in INFERENCE.items():
+        pools["inference"] += _questions_along(world, [path], word)
+    pools["comparison"] = _comparisons(world, rng)
+    return pools
 
 
-def _parts(chain: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return [chain[i:j] for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)]
-
-
-def _take(pool: list[Question], n: int, most: Counter, limit: int, name: str, first: int) -> list[Question]:
-    """Move n questions out of a pool; no answer stands in more than `limit` held-out questions in all."""
-    taken = []
-    for question in list(pool):
-        if len(taken) == n:
-            break
-        if most[question.golds[0]] < limit:
-            most[question.golds[0]] += 1
-            pool.remove(question)
-            taken.append(_numbered(question, name, first + len(taken)))
-    return taken
-
-
-def _numbered(q: Question, name: str, i: int) -> Question:
-    return Question(f"{name}-{q.kind}-{i}", q.text, q.golds, name, q.kind, q.steps, q.chain)
-
-
-def _walk(world: World, start: str, path: tuple[str, ...]) -> list[str] | None:
-    """The entities along a path of relations, or None where the world ends or turns back on itself."""
-    chain = [start]
-    for relation in path:
-        if (relation, chain[-1]) not in world.facts:
-            return None
-        chain.append(world.facts[relation, chain[-1]])
-    return chain if len(set(chain)) == len(chain) else None
-
-
-def _question(world: World, start: str, path: tuple[str, ...], said: tuple[str, ...], kind: str) -> Question | None:
-    chain = _walk(world, start, path)
-    return chain and Question("", _text(start, path, said), [chain[-1]], "", kind, list(zip(path, chain)), tuple(chain))
-
-
-def _text(start: str, path: tuple[str, ...], said: tuple[str, ...]) -> str:
-    who = "Who" if RELATIONS[path[-1]][1] == "person" else "What"
-    return f"{who} is the {' of the '.join(reversed(said))} of {start}?"
-
-
-def _compositions(world: World, paths: list[tuple[str, ...]]) -> list[Question]:
-    made = [_question(world, start, path, path, "composition")
-            for path in paths for start in world.names[RELATIONS[path[0]][0]]]
-    return [q for q in made if q]
-
-
-def _inferences(world: World) -> list[Question]:
-    made = [_question(world, start, path, (said,), "inference")
-            for said, path in INFERENCE.items() for start in world.names["person"]]
-    return [q for q in made if q]
-
-
-def _comparisons(world: World, rng: random.Random) -> list[Question]:
-    """Of two people, whose score is largest; of two companies, whose size is smallest; pairs in either order, values never
-    equal."""
+def _questions_along(world: World, paths: list[tuple], word: str = "") -> list[Question]:
+    """Return a question for each path and each start from which the path reaches an answer."""
     made = []
-    for relation, pick in COMPARED.items():
-        names = world.names[RELATIONS[relation][0]]
-        pairs = [(a, b) for i, a in enumerate(names) for b in names[:i]]
-        for a, b in rng.sample(pairs, min(len(pairs), 400)):
-            a, b = rng.sample((a, b), 2)
-            x, y = world.facts[relation, a], world.facts[relation, b]
-            if x != y:
-                made.append(Question("", f"Of {a} and {b}, whose {relation} is {pick}?",
-                                     [compare([a, b], [x, y], pick)["result"]], "", "comparison",
-                                     [(relation, a), (relation, b)], tuple(sorted((a, b)))))
+    for path in paths:
+        chains = [_walk(world, start, path) for start in world.names[RELATIONS[path[0]][0]]]
+        made += [_question(chain, path, word) for chain in chains if chain]
     return made
 
 
-# ------------------------------------------------------------------------------------------- teacher
-# The teacher's grammar is perfect, its strategy is not. It is impatient: in half of its chains of lookups it stops
-# one step short and answers with what it has. In one of twenty it makes a lookup twice, and in one of twenty
-# traces it guesses without any. Supervised learning takes all of this over; the reward of the second stage has to unteach it.
-# A comparison's two lookups stand in one turn, and the next thought tells both values: what is copied then stands near.
-# For the same reason the call gives the values before the names.
-STOPS_SHORT, REPEATS, GUESSES = 0.5, 0.05, 0.05
-ENOUGH, DONE = "That is close enough.", "That was the last step."
+def _walk(world: World, start: str, path: tuple) -> tuple[str, ...] | None:
+    """Return the entities along a path, or None if a fact is missing or an entity repeats.
+
+    >>> _walk(make_world(0), "Sofes", ("founder", "birthplace"))
+    ('Sofes', 'Zazus', 'Tili')
+    """
+    chain = (start,)
+    for relation in path:
+        if (relation, chain[-1]) not in world.facts:
+            return None
+        chain = (*chain, world.facts[relation, chain[-1]])
+    return chain if len(set(chain)) == len(chain) else None
+
+
+def _question(chain: tuple, path: tuple, word: str = "") -> Question:
+    """Return the question for a chain. In an inference, `word` stands for the whole path."""
+    kind = "inference" if word else "composition"
+    who = "Who" if RELATIONS[path[-1]][1] == "person" else "What"
+    text = f"{who} is the {word or ' of the '.join(reversed(path))} of {chain[0]}?"
+    steps = list(zip(path, chain[:-1], strict=True))
+    return Question("", text, [chain[-1]], "train", kind, steps, chain)
+
+
+def _comparisons(world: World, rng: random.Random) -> list[Question]:
+    """Return questions that compare the scores of two people or the sizes of two companies."""
+    made = []
+    for relation, pick in COMPARED.items():
+        names = world.names[RELATIONS[relation][0]]
+        pairs = []
+        for i, name in enumerate(names):
+            pairs += [(name, earlier) for earlier in names[:i]]
+        for pair in rng.sample(pairs, min(len(pairs), 400)):
+            a, b = rng.sample(pair, 2)
+            steps = [(relation, a), (relation, b)]
+            x, y = [world.facts[step] for step in steps]
+            if x != y:
+                text = f"Of {a} and {b}, whose {relation} is {pick}?"
+                gold = compare([a, b], [x, y], pick)["result"]
+                chain = tuple(sorted(pair))
+                made.append(Question("", text, [gold], "train", "comparison", steps, chain))
+    return made
+
+
+# ------------------------------------------------------------------------------------------ teacher
+# The teacher's grammar is perfect; its strategy is flawed. SFT copies the flaws and GRPO unlearns
+# them. Both lookups of a comparison share one turn, and the next thought repeats both values, so
+# that the values to copy are near. For the same reason, the call lists values before names.
+STOPS_SHORT = 0.5  # share of lookup chains that end one step early and answer with the last value
+REPEATS = 0.05     # share of lookup chains that repeat one lookup
+GUESSES = 0.05     # share of traces that guess the answer without any lookup
+REJECTED = 0.1     # share of ToolMaker prompts that report a rejected first reply
+REJECTIONS = ("tool name taken", "unknown kind", "not JSON", "bad schema",
+              "no think, kind and tools")  # messages of `Rejected`, word for word
+DONE = "That was the last step."
 
 
 def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
-    """One conversation of AutoAgent as its teacher would lead it; flawed in strategy, never in grammar."""
-    record = {"role": "agent", "question": question.text, "kind": question.kind, "tools": tools_for(question)}
+    """Return one AutoAgent conversation by the teacher: perfect grammar, flawed strategy."""
     if rng.random() < GUESSES:
-        kind = next((k for k, names in world.names.items() if question.golds[0] in names), "number")
-        return {**record, "turns": [{"thought": "I guess.", "answer": _draw(world.names, kind, rng)}]}
-    turns = _compare(world, question) if question.kind == "comparison" else _look_up(world, question, rng)
-    return {**record, "turns": turns}
+        gold = question.golds[0]
+        kind = next((kind for kind, names in world.names.items() if gold in names), "number")
+        turns = [{"thought": "I guess.", "answer": _draw_value(world.names, kind, rng)}]
+    elif question.kind == "comparison":
+        turns = _compare_turns(world, question)
+    else:
+        turns = _lookup_turns(world, question, rng)
+    return {"role": "agent", "question": question.text, "kind": question.kind,
+            "tools": tools_for(question), "turns": turns}
+
+
+def _lookup_turns(world: World, question: Question, rng: random.Random) -> list[dict]:
+    """Return one turn per lookup, then the turn that answers."""
+    stops_short = rng.random() < STOPS_SHORT
+    steps = question.steps[:-1] if stops_short else question.steps
+    repeated = rng.randrange(len(steps)) if rng.random() < REPEATS else None
+    turns = []
+    known = ""  # a sentence with the last observation; the next thought begins with it
+    for i, (relation, subject) in enumerate(steps):
+        need = f"I need the {relation} of {subject}"
+        turns.append(_turn(world, f"{known}{need}.", (relation, subject)))
+        known = f"The {relation} of {subject} is {world.facts[relation, subject]}. "
+        if i == repeated:
+            turns.append(_turn(world, f"{known}{need} once more.", (relation, subject)))
+    thought = known + ("That is close enough." if stops_short else DONE)
+    return [*turns, {"thought": thought, "answer": world.facts[steps[-1]]}]
+
+
+def _compare_turns(world: World, question: Question) -> list[dict]:
+    """Return three turns: both lookups, a call to the utility tool `compare`, the answer."""
+    (relation, a), (_, b) = question.steps
+    x, y = [world.facts[step] for step in question.steps]
+    pick = COMPARED[relation]
+    gold = question.golds[0]
+    call = {"name": "compare", "arguments": {"values": [x, y], "names": [a, b], "pick": pick}}
+    return [_turn(world, f"I need the {relation} of {a} and {b}.", *question.steps),
+            {"thought": f"I have {x} and {y}. I need the {pick}.",
+             "calls": [call], "observations": [{"result": gold}]},
+            {"thought": f"The {pick} is {gold}. {DONE}", "answer": gold}]
 
 
 def _turn(world: World, thought: str, *steps: tuple[str, str]) -> dict:
-    calls = [{"name": relation, "arguments": {RELATIONS[relation][0]: subject}} for relation, subject in steps]
-    return {"thought": thought, "calls": calls, "observations": [world.real(c["name"], c["arguments"]) for c in calls]}
-
-
-def _told(relation: str, subject: str, value: str) -> str:
-    return f"The {relation} of {subject} is {value}. "
-
-
-def _look_up(world: World, question: Question, rng: random.Random) -> list[dict]:
-    short = rng.random() < STOPS_SHORT
-    steps = question.steps[:-1] if short else question.steps
-    again = rng.randrange(len(steps)) if rng.random() < REPEATS else None
-    turns, told = [], ""
-    for i, (relation, subject) in enumerate(steps):
-        need = f"I need the {relation} of {subject}"
-        turns.append(_turn(world, f"{told}{need}.", (relation, subject)))
-        told = _told(relation, subject, world.facts[relation, subject])
-        if i == again:
-            turns.append(_turn(world, f"{told}{need} once more.", (relation, subject)))
-    return [*turns, {"thought": told + (ENOUGH if short else DONE), "answer": world.facts[steps[-1]]}]
-
-
-def _compare(world: World, question: Question) -> list[dict]:
-    (relation, a), (_, b) = question.steps
-    x, y, pick = world.facts[relation, a], world.facts[relation, b], COMPARED[relation]
-    call = {"name": "compare", "arguments": {"values": [x, y], "names": [a, b], "pick": pick}}
-    return [_turn(world, f"I need the {relation} of {a} and {b}.", (relation, a), (relation, b)),
-            {"thought": f"I have {x} and {y}. I need the {pick}.", "calls": [call], "observations": [{"result": question.golds[0]}]},
-            {"thought": f"The {pick} is {question.golds[0]}. {DONE}", "answer": question.golds[0]}]
-
-
-def tools_for(question: Question) -> list[dict]:
-    """The tools that a question needs: one for each relation, in the order of the lookups."""
-    return [tool_for(relation) for relation in dict.fromkeys(relation for relation, _ in question.steps)]
+    """Return a turn that makes the lookups `steps` and observes the results of the real tools."""
+    calls = [{"name": r, "arguments": {RELATIONS[r][0]: subject}} for r, subject in steps]
+    observations = [world.real(call["name"], call["arguments"]) for call in calls]
+    return {"thought": thought, "calls": calls, "observations": observations}
 
 
 def teach_maker(question: Question, rng: random.Random) -> dict:
-    """One conversation of the ToolMaker; one in ten answers a request that names why a first try was rejected."""
-    tools, rejected = tools_for(question), rng.choice(REJECTIONS) if rng.random() < 0.1 else ""
-    return {"role": "maker", "question": question.text, "thought": f"I need {', '.join(tool['name'] for tool in tools)}.",
+    """Return one ToolMaker conversation. `rejected` is the error of a first reply, or ""."""
+    tools = tools_for(question)
+    thought = f"I need {', '.join(tool['name'] for tool in tools)}."
+    rejected = rng.choice(REJECTIONS) if rng.random() < REJECTED else ""
+    return {"role": "maker", "question": question.text, "thought": thought,
             "kind": question.kind, "tools": tools, "rejected": rejected}
 
 
-REJECTIONS = ("tool name taken", "unknown kind", "not JSON", "bad schema", "no think, kind and tools")
-
-
 def teach_actor(world: World, rng: random.Random, calls: int = 8) -> list[dict]:
-    """Every fact once, in conversations of up to `calls` calls to one tool; one call in seven names a subject
-    that the tool knows nothing of, or else it would learn to answer anything plausibly."""
+    """Return ToolActor conversations with up to `calls` calls to one tool. Each fact occurs once.
+    One call in seven asks for a missing fact, so that the ToolActor learns to return errors."""
+    entities = list(itertools.chain.from_iterable(world.names.values()))
     records = []
     for relation, (kind, _, _) in RELATIONS.items():
-        subjects = [s for r, s in world.facts if r == relation]
-        strangers = [s for names in world.names.values() for s in names if (relation, s) not in world.facts]
+        subjects = [name for known, name in world.facts if known == relation]
+        strangers = [name for name in entities if (relation, name) not in world.facts]
         subjects += rng.sample(strangers, max(1, len(subjects) // 6))
         rng.shuffle(subjects)
-        for i in range(0, len(subjects), calls):
-            part = [{kind: subject} for subject in subjects[i:i + calls]]
-            records.append({"role": "actor", "tool": tool_for(relation),
-                            "exchanges": [[arguments, world.real(relation, arguments)] for arguments in part]})
+        exchanges = [[{kind: name}, world.real(relation, {kind: name})] for name in subjects]
+        for i in range(0, len(exchanges), calls):
+            part = exchanges[i:i + calls]
+            records.append({"role": "actor", "tool": tool_for(relation), "exchanges": part})
     return records
 
 
-def teach(seed: int, worlds: int, each: int = 300) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """The teacher's conversations by role: for training, and for the held-out loss; `each` a world for AutoAgent and for ToolMaker.
-
-    The facts of the world are ToolActor's alone: AutoAgent's conversations play in imagined worlds, so it learns to
-    read observations, not to know them. Every second question of ToolMaker's is nonsense, every sixth of AutoAgent's.
-    ToolActor has no held-out ones: what it was never told it can't know."""
-    world, rng = make_world(seed), random.Random(f"teacher {seed}")
+def teach(seed: int, worlds: int, each: int = 300) -> tuple[dict, dict]:
+    """Return {role: conversations} for training and for validation, `each` per imagined world.
+    Only the ToolActor trains on the true world: AutoAgent must read facts from observations."""
+    world = make_world(seed)
+    rng = random.Random(f"teacher {seed}")
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
-    records = {"agent": [], "maker": [], "actor": [r for _ in range(20) for r in teach_actor(world, rng)]}
-    for other, questions in (imagined_questions(world, i, held_out) for i in range(worlds)):
-        sensible, odd = mixed(questions, each - each // 6, rng), nonsense(other, each // 2, held_out, rng)
+    records = {"agent": [], "maker": [], "actor": []}
+    for _ in range(20):
+        records["actor"] += teach_actor(world, rng)
+    for number in range(worlds):
+        other, questions = imagined_questions(world, number, held_out)
+        sensible = mixed(questions, each - each // 6, rng)
+        odd = nonsense(other, each // 2, held_out, rng)  # 1/2 of ToolMaker's, 1/6 of AutoAgent's
         lessons = [(other, q) for q in sensible] + odd[:each // 6]
         records["agent"] += [teach_agent(where, q, rng) for where, q in lessons]
-        records["maker"] += [teach_maker(q, rng) for q in sensible[:each // 2] + [q for _, q in odd]]
+        records["maker"] += [teach_maker(q, rng) for q in sensible[:each // 2]]
+        records["maker"] += [teach_maker(q, rng) for _, q in odd]
+    # The ToolActor has no validation set: it can't know a fact without training on it.
     valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
              "maker": [teach_maker(q, rng) for q in held_out[::4]]}
     return records, valid
 
 
 def write_sample(folder: Path, each: int = 60) -> None:
-    """A few lines of all this as JSONL, to look at without running anything:
+    """Write a few questions and conversations as JSONL. This command writes data/sample:
     python -c "from data.world import *; write_sample(Path('data/sample'))" """
     records, _ = teach(0, worlds=20)
+    samples = {role: part[::max(1, len(part) // each)][:each] for role, part in records.items()}
     questions = make_questions(make_world(0))
-    chosen = {"questions": [vars(q) for s in ("train", *HELD_OUT) for q in [q for q in questions if q.set == s][:each // 2]],
-              **{role: part[::max(1, len(part) // each)][:each] for role, part in records.items()}}
+    samples["questions"] = []
+    for name in ("train", *HELD_OUT):
+        samples["questions"] += [vars(q) for q in questions if q.set == name][:each // 2]
     folder.mkdir(exist_ok=True)
-    for name, lines in chosen.items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    for name, rows in samples.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
