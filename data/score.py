@@ -65,7 +65,7 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------- evidence, for the reward in grpo.py
+# --------------------------------------------------------- texts, for the reward in grpo.py
 
 
 def leaves(value: object) -> list:
