@@ -219,20 +219,17 @@ class Players:
 
     def answer(self, asked: list[tuple[Item, int]]) -> Iterator[tuple[Item, int, Toolbox, Trace]]:
         """Answer each (question, sample), `rows` traces at once."""
-        config = self.config
-        boxes: dict[str, Toolbox] = {}
+        config, boxes = self.config, self.simulator.boxes
+        boxes.clear()  # ids may repeat in another file
         for i in tqdm(range(0, len(asked), config.rows), desc=config.name, unit="batch"):
             part = asked[i:i + config.rows]
-            new = list({item.id: item for item, _ in part if item.id not in boxes}.values())
             if config.tools and not self.only_own:
-                made = self.simulator.maker.make([item.text for item in new], (config.seed,))
-            else:
-                made = [Toolbox("composition", [], 0) for _ in new]
-            boxes |= zip([item.id for item in new], made, strict=True)
+                self.simulator.make_tools([item for item, _ in part])
             traces = []
             for item, sample in part:
+                box = boxes.setdefault(item.id, Toolbox("composition", [], 0))
                 key = (config.seed, "play", item.id, sample)
-                traces.append(Trace(item.text, self.tools(item, boxes[item.id]), key))
+                traces.append(Trace(item.text, self.tools(item, box), key))
             sealed = self.world and config.backend == "simulated"
             with self.world.sealed() if sealed else nullcontext():
                 run_episodes(self.agent, self.backend, traces, closed_book=not config.tools)

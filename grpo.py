@@ -315,7 +315,7 @@ class Simulator:
     def make_tools(self, questions: list[Question]) -> None:
         """Let the ToolMaker write the tools of each new question, once."""
         todo = list({q.id: q for q in questions if q.id not in self.boxes}.values())
-        for i in tqdm(range(0, len(todo), 64), desc="tools", unit="batch", mininterval=1):
+        for i in tqdm(range(0, len(todo), 64), desc="tools", disable=len(todo) <= 64):
             part = todo[i:i + 64]
             boxes = self.maker.make([q.text for q in part], (self.config.seed,))
             self.boxes |= zip([q.id for q in part], boxes, strict=True)

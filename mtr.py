@@ -15,17 +15,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import evaluate
 from agents import AutoAgent, Trace, load_tools, run_episodes
 from data import InputError
-from evaluate import (
-    AgentConfig,
-    EvalConfig,
-    TracesConfig,
-    all_rows,
-    evaluate_files,
-    make_traces,
-    open_models,
-)
+from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, open_models
 from grpo import GRPOConfig, train_grpo
 from report import before_and_after, draw_curves, say, show_evaluation, show_run
 from run import Parser, add_options, option, run_main, validate
@@ -146,12 +139,12 @@ def ask(config: AskConfig) -> None:
 
 def eval_command(config: EvalConfig) -> None:
     """Evaluate question files, or the held-out sets of a run."""
-    show_evaluation(evaluate_files(config))
+    show_evaluation(evaluate.evaluate_files(config))
 
 
 def traces_command(config: TracesConfig) -> None:
     """Stage 0: write a teacher's traces over question files, and report how many were kept."""
-    why = make_traces(config)
+    why = evaluate.make_traces(config)
     total = why.total()
     print(f"kept {why.pop('', 0)} of {total} traces")
     for reason, number in why.most_common():
