@@ -1,11 +1,12 @@
-"""The idea: three agents that are prompt templates over one sampler. No tensors in this file.
+"""The idea: three agents. Each is a prompt template and a parser; a sampler generates its text.
 
     ToolMaker   reads a question, classifies it and writes the tools it needs; they are validated
     AutoAgent   thinks, calls tools, reads observations, answers (ReAct)
     ToolActor   simulates the result of a call; the result must fit the tool's return schema
 
 The sampler (model.Sampler) opens conversations, appends to them and generates. Sampled ids are
-never decoded and encoded again. All tokens enter a Trace together with their loss mask.
+kept as they are: their text is parsed, but never encoded to ids again. There are no tensors in
+this file.
 """
 import json
 import re
@@ -14,9 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 
-import jsonschema
 import numpy as np
 
 import data.tools
@@ -35,36 +34,36 @@ from data.schema import (
 
 
 class Control(str):
-    """A control token. Text can never encode to one."""
+    """A control token. model.Tokenizer encodes it to its one id, and a plain str never to that."""
 
 
 IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
-CALL, CALL_END = Control("<tool_call>"), Control("</tool_call>")
+CALL_START, CALL_END = Control("<tool_call>"), Control("</tool_call>")
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TOOLS_HEAD = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
               "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
 TOOLS_TAIL = ["\n</tools>\n\nFor each function call, return a json object with function name and "
-              "arguments within ", CALL, CALL_END, " XML tags:\n", CALL,
+              "arguments within ", CALL_START, CALL_END, " XML tags:\n", CALL_START,
               '\n{"name": <function-name>, "arguments": <args-json-object>}\n', CALL_END]
 GENERATE = [IM_START, "assistant\n"]  # header of the turn that is generated next
 
 
 def dumps(value: object) -> str:
-    """JSON as the template prints it: spaces after , and :, insertion order, non-ASCII kept."""
+    """JSON as the chat template prints it: keys keep their order, non-ASCII is not escaped."""
     return json.dumps(value, ensure_ascii=False)
 
 
-def turn(role: str, *content: str) -> list[str]:
-    """One whole turn."""
-    return [IM_START, f"{role}\n", *content, IM_END, "\n"]
+def chat_turn(speaker: str, *content: str) -> list[str]:
+    """One whole turn of the system or of the user."""
+    return [IM_START, f"{speaker}\n", *content, IM_END, "\n"]
 
 
 def system_turn(text: str = DEFAULT_SYSTEM, schemas: list[dict] = ()) -> list[str]:
     """The system turn: instructions, then the schemas of the tools, if there are any."""
     if not schemas:
-        return turn("system", text)
+        return chat_turn("system", text)
     lines = ["\n" + dumps(schema) for schema in schemas]
-    return turn("system", text, TOOLS_HEAD, *lines, *TOOLS_TAIL)
+    return chat_turn("system", text, TOOLS_HEAD, *lines, *TOOLS_TAIL)
 
 
 def assistant_content(text: str, calls: list[dict]) -> list[str]:
@@ -72,7 +71,7 @@ def assistant_content(text: str, calls: list[dict]) -> list[str]:
     pieces = [text] if text else []
     for call in calls:
         body = f'\n{{"name": "{call["name"]}", "arguments": {dumps(call["arguments"])}}}\n'
-        pieces += ["\n" if pieces else "", CALL, body, CALL_END]
+        pieces += ["\n" if pieces else "", CALL_START, body, CALL_END]
     return pieces
 
 
@@ -83,11 +82,12 @@ def results_turn(results: list[str]) -> list[str]:
 
 
 def result_text(observation: dict) -> str:
-    """JSON without "<". <tool_response> is plain text in Qwen2.5, so a result could close it."""
+    """JSON with each "<" escaped: a "</tool_response>" inside a result would end its block."""
     return dumps(observation).replace("<", "\\u003c")
 
 
 # ----------------------------------------------------------------------------------------- prompts
+# The miniature is trained with these texts: another text gives another model.
 
 AGENT_SYSTEM = ("Think inside <think></think>. Then call tools, or give the final answer, as "
                 "short as it can be, inside <answer></answer>.")
@@ -98,7 +98,8 @@ MAKER_SYSTEM = ("Write the tools that help to answer the question. Think inside 
 ACTOR_SYSTEM = ("You play a tool. For each call give what the tool would return, one JSON object "
                 "that fits its schema returns, or an error.")
 SOURCE_HEAD = "All that this tool knows:"
-CLOSED_BOOK = "<think>I guess.</think>\n<answer>"  # start of the turn of an agent without tools
+# The closed-book baseline: AutoAgent's turn begins with this text, so that it must answer at once.
+CLOSED_BOOK = "<think>I guess.</think>\n<answer>"
 
 
 # ------------------------------------------------------------------------------------------- tools
@@ -111,8 +112,8 @@ class Tool:
     description: str
     parameters: dict
     returns: dict
-    run: Callable[..., dict] | None = None  # code of a real tool; the ToolActor simulates the rest
-    source: str = ""                        # texts that the ToolActor answers from
+    run: Callable[..., dict] | None = None  # its code; None: the ToolActor simulates it
+    source: str = ""  # paragraphs that the ToolActor answers from (mtr.py eval --grounded)
 
     @property
     def schema(self) -> dict:
@@ -123,24 +124,16 @@ class Tool:
 
     @cached_property
     def definition(self) -> str:
-        """All four parts as JSON, as the ToolMaker writes and the ToolActor reads them."""
+        """Name, description, parameters and returns as JSON; then the source, if there is one."""
         source = f"\n{SOURCE_HEAD}\n{self.source}" if self.source else ""
         return dumps({**self.schema["function"], "returns": self.returns}) + source
-
-    @cached_property
-    def argument_validator(self) -> jsonschema.Draft202012Validator:
-        return jsonschema.Draft202012Validator(self.parameters)
-
-    @cached_property
-    def result_validator(self) -> jsonschema.Draft202012Validator:
-        return jsonschema.Draft202012Validator(self.returns)
 
 
 MAX_TOOLS = 8
 
 
 def check_tools(tools: list[dict]) -> list[Tool]:
-    """Turn the ToolMaker's JSON into tools. Rejected names the rule that is broken.
+    """Turn the ToolMaker's JSON into tools. Raises Rejected with the rule that is broken.
 
     Checked: exactly four parts; a name of 1 to 64 letters, digits, _ or -, used once; a
     description; both schemas (see data/schema.py). Not checked: whether the tool is useful.
@@ -158,14 +151,10 @@ def check_tools(tools: list[dict]) -> list[Tool]:
     return [Tool(**tool) for tool in tools]
 
 
-def load_tools(path: Path) -> list[Tool]:
-    """Read a user's own tools from a JSON or Python file (see data.tools.read_tools)."""
-    return [Tool(**function) for function in data.tools.read_tools(path)]
-
-
-# Utility tools are predefined and run. All other tools are simulated.
+# Utility tools are predefined and have code. The tools that the ToolMaker writes have none.
 UTILITIES = {spec["name"]: Tool(**spec) for spec in data.tools.UTILITIES}
-# The kinds of questions that the ToolMaker distinguishes, and the utility tools of each kind.
+# The kinds of questions, each with its utility tools. A composition is a chain of lookups. In an
+# inference, one word stands for several lookups. The fictional world has no arithmetic questions.
 KINDS = {"composition": (), "inference": (), "comparison": ("compare",),
          "arithmetic": ("calculator", "date_difference", "count")}
 TEXT = {"type": "string"}
@@ -181,8 +170,8 @@ class Call:
     """One tool call."""
     name: str = ""
     arguments: dict = field(default_factory=dict)
-    error: str | None = None         # why it was refused
-    observation: dict | None = None  # what came back
+    error: str | None = None         # why it was refused: bad JSON, unknown tool, bad arguments
+    observation: dict | None = None  # the result; {"error": ...} if the call was refused or failed
 
     @property
     def succeeded(self) -> bool:
@@ -191,14 +180,15 @@ class Call:
 
 @dataclass
 class Turn:
-    """One turn of AutoAgent: a thought, then calls or an answer; or an error of the grammar."""
+    """One turn of AutoAgent. The grammar is <think>...</think>, then calls or one <answer>."""
     thought: str = ""
     calls: list[Call] = field(default_factory=list)
     answer: str | None = None
-    error: str | None = None
+    error: str | None = None  # how the turn breaks the grammar
 
 
-# These take linear time on any text, because no two parts can match the same characters.
+# Any text, even a hostile one, takes linear time: each .*? stops at the first closing tag, and
+# CALLS is applied only up to the last closing tag.
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
@@ -207,7 +197,7 @@ CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
 def parse_turn(text: str) -> Turn:
     """Parse a turn without its <|im_end|>. Every string gives a Turn, perhaps with an error.
 
-    Tags inside the thought don't count. Nothing may follow the answer or the last call.
+    Calls and answers inside the thought don't count. Nothing may follow the answer or last call.
     """
     match = THOUGHT.fullmatch(text)
     if not match:
@@ -220,12 +210,13 @@ def parse_turn(text: str) -> Turn:
         if "<" in match[1]:
             return Turn(error="tag in the answer")
         return Turn(thought, answer=match[1].strip())
-    end = rest.rfind("</tool_call>") + len("</tool_call>")
-    bodies = CALLS.findall(rest, 0, end)
+    before, last_tag, after = rest.rpartition("</tool_call>")
+    calls = before + last_tag
+    bodies = CALLS.findall(calls)
     if not bodies:
         found = "<answer>" in rest
         return Turn(error="answer not alone" if found else "neither call nor answer")
-    if CALLS.sub("", rest[:end]) + rest[end:]:
+    if CALLS.sub("", calls) or after:
         return Turn(error="text beside the calls")
     return Turn(thought, [parse_call(body) for body in bodies])
 
@@ -246,26 +237,26 @@ def parse_call(text: str) -> Call:
 # ------------------------------------------------------------------------------------------- trace
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
-    """One question on its way to an answer. All stages work on traces.
+    """A conversation as tokens: AutoAgent's in a rollout, any agent's in SFT.
 
-    ids, mask and logprobs are parallel lists. The mask is 1 on tokens that the trace's role
+    ids, mask and logprobs are parallel lists. The mask is 1 on the tokens that the agent itself
     generates, including its <|im_end|>, and 0 on all others.
     """
     question: str = ""
     tools: list[Tool] = field(default_factory=list)
-    key: tuple = ()  # (seed, question id, sample): the random numbers depend on it
+    key: tuple = ()  # names the trace, e.g. (seed, step, question id, sample); seeds its sampling
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # from the sampler; 0 where the mask is 0
     turns: list[Turn] = field(default_factory=list)
-    status: str = "open"      # then "answered", "malformed" or "truncated"
-    # Stage 2 sets these (see grpo.py). old and reference are parallel to ids.
+    status: str = "open"  # then "answered", "malformed", or "truncated" (out of turns or tokens)
+    # Stage 2 sets these (see the equations in grpo.py). old and reference are parallel to ids.
     advantage: float = 0.0  # A_i
-    weight: float = 0.0     # w_i: the weight of each sampled token in the objective
-    old: list[float] = field(default_factory=list)        # log-probabilities under pi_old
-    reference: list[float] = field(default_factory=list)  # log-probabilities under pi_ref
+    weight: float = 0.0     # w_i
+    old: list[float] = field(default_factory=list)        # log pi_old
+    reference: list[float] = field(default_factory=list)  # log pi_ref
 
     def hear(self, ids: list[int]) -> None:
         """Add tokens from outside: mask 0."""
@@ -289,15 +280,8 @@ class Trace:
     def answer(self) -> str | None:
         return self.turns[-1].answer if self.turns else None
 
-    def noise(self, n: int) -> np.ndarray:
-        """Uniform numbers (n,) for the next n tokens. They depend on key and position only."""
-        key = [zlib.crc32(repr(part).encode()) for part in self.key]
-        start = len(self.ids)
-        numbers = np.random.default_rng(key).random(start + n, dtype=np.float32)
-        return np.minimum(numbers[start:], 1 - 1e-6)
-
     def record(self) -> dict:
-        """The trace as JSON, for traces.jsonl."""
+        """The trace as a JSON object, for traces.jsonl."""
         turns = [{**vars(t), "calls": [vars(call) for call in t.calls]} for t in self.turns]
         return {"question": self.question, "status": self.status, "turns": turns,
                 "key": list(self.key), "tools": [tool.schema for tool in self.tools],
@@ -324,6 +308,13 @@ class Trace:
         return "\n".join(printable(line) for line in lines)
 
 
+def uniforms(key: tuple, start: int, n: int) -> np.ndarray:
+    """Uniform numbers (n,) for the tokens from position start, decided by key and position."""
+    seed = [zlib.crc32(repr(part).encode()) for part in key]
+    numbers = np.random.default_rng(seed).random(start + n, dtype=np.float32)[start:]
+    return np.minimum(numbers, 1 - 1e-6)  # so rounding in model.draw never reaches the last sum
+
+
 def printable(line: str) -> str:
     """Escape newlines and all characters that could move the cursor of a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -337,6 +328,7 @@ class AutoAgent:
 
     def __init__(self, sampler, max_turns: int, turn_tokens: int, trace_tokens: int,
                  temperature: float = 1.0):
+        """turn_tokens: new tokens per turn; trace_tokens: per trace, with prompt and results."""
         self.sampler = sampler
         self.max_turns = max_turns
         self.turn_tokens = turn_tokens
@@ -347,10 +339,10 @@ class AutoAgent:
     def prompt(question: str, tools: list[Tool]) -> list[str]:
         """The prompt, up to the first token that the agent generates."""
         schemas = [tool.schema for tool in tools]
-        return [*system_turn(AGENT_SYSTEM, schemas), *turn("user", question), *GENERATE]
+        return [*system_turn(AGENT_SYSTEM, schemas), *chat_turn("user", question), *GENERATE]
 
     def start(self, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
-        """Open the traces. Every `group` neighbours share question and tools: one prefill."""
+        """Open the traces. Each `group` consecutive traces have one prompt, prefilled once."""
         self.prefix = CLOSED_BOOK if closed_book else ""
         for i in range(0, len(traces), group):
             prompt = self.prompt(traces[i].question, traces[i].tools)
@@ -358,28 +350,29 @@ class AutoAgent:
             for trace in traces[i:i + group]:
                 trace.hear(ids)
                 trace.status = "open" if len(ids) < self.trace_tokens else "truncated"
+        # A group has one prompt, so it is open or truncated as a whole.
         live = [trace for trace in traces if trace.status == "open"]
         self.sampler.reset()
         opened = self.sampler.open([trace.ids for trace in live[::group]], group)
-        self.conversations = dict(zip(map(id, live), opened, strict=True))
+        self.conversations = dict(zip(live, opened, strict=True))
 
     def act(self, traces: list[Trace]) -> None:
         """Generate the next turn of each trace."""
         tokenizer = self.sampler.tokenizer
         limits = [min(self.turn_tokens, self.trace_tokens - len(trace.ids)) for trace in traces]
-        noise = np.stack([trace.noise(max(limits)) for trace in traces])
-        conversations = [self.conversations[id(trace)] for trace in traces]
-        turns = self.sampler.sample(conversations, limits, noise, self.temperature)
+        numbers = [uniforms(trace.key, len(trace.ids), max(limits)) for trace in traces]
+        conversations = [self.conversations[trace] for trace in traces]
+        turns = self.sampler.sample(conversations, limits, np.stack(numbers), self.temperature)
         for trace, (ids, logprobs) in zip(traces, turns, strict=True):
             trace.say(ids, logprobs)
             if ids[-1] not in tokenizer.stop_ids:
-                trace.turns.append(Turn(error="cut off at the token limit"))
+                trace.turns.append(Turn())  # cut off
                 trace.status = "truncated"
                 continue
             if ids[-1] == tokenizer.end:
                 parsed = parse_turn(self.prefix + tokenizer.decode(ids[:-1]))
             else:
-                parsed = Turn(error="ends without <|im_end|>")
+                parsed = Turn(error="ends with another stop token than <|im_end|>")
             trace.turns.append(parsed)
             if parsed.error:
                 trace.status = "malformed"
@@ -390,23 +383,25 @@ class AutoAgent:
         """Append the observations of the last turn, unless turns or tokens have run out."""
         for trace in traces:
             results = [result_text(call.observation) for call in trace.turns[-1].calls]
+            # The newline after the agent's <|im_end|> is part of the template, but not sampled.
             ids = self.sampler.tokenizer.encode(["\n", *results_turn(results), *GENERATE])
             full = len(trace.ids) + len(ids) >= self.trace_tokens
             if full or len(trace.turns) == self.max_turns:
                 trace.status = "truncated"
             else:
                 trace.hear(ids)
-                self.sampler.append(self.conversations[id(trace)], ids)
+                self.sampler.append(self.conversations[trace], ids)
 
 
-Backend = Callable[[list[tuple[Tool, dict]]], list[dict]]  # (tool, arguments) -> observations
+Request = tuple[Tool, dict]  # a tool and the arguments of a call
+Backend = Callable[[list[Request]], list[dict]]  # requests -> an observation for each
 
 
 def run_episodes(agent: AutoAgent, backend: Backend, traces: list[Trace], group: int = 1,
                  closed_book: bool = False, watch: Callable[[], None] | None = None) -> None:
     """The loop of the method (MTR, figure 1b): think and act, then observe, until all traces end.
 
-    watch() is called after each half of the loop.
+    watch() is called after the generation and after the observations of each turn.
     """
     agent.start(traces, group, closed_book)
     while live := [trace for trace in traces if trace.status == "open"]:
@@ -446,12 +441,12 @@ def call_error(call: Call, tools: dict[str, Tool]) -> str | None:
     """Why a call is refused, in one line that the agent can learn from. None if it is valid."""
     if call.name not in tools:
         return "unknown tool"
-    return first_error(tools[call.name].argument_validator, call.arguments)
+    return first_error(tools[call.name].parameters, call.arguments)
 
 
 def generate_replies(sampler, prompts: list[list[str]], limit: int, temperature: float,
                      keys: list[tuple]) -> list[str]:
-    """One reply per prompt, in batches. "" if the cache is too small or the limit cuts it off."""
+    """One reply per prompt: "" if the prompt does not fit the cache or the reply does not end."""
     tokenizer = sampler.tokenizer
     ids_of = [tokenizer.encode(prompt) for prompt in prompts]
     replies = [""] * len(prompts)
@@ -460,8 +455,8 @@ def generate_replies(sampler, prompts: list[list[str]], limit: int, temperature:
         part = fit[start:start + sampler.capacity]
         sampler.reset()
         conversations = sampler.open([ids_of[i] for i in part])
-        noise = np.stack([Trace(key=keys[i]).noise(limit) for i in part])
-        turns = sampler.sample(conversations, [limit] * len(part), noise, temperature)
+        numbers = np.stack([uniforms(keys[i], 0, limit) for i in part])
+        turns = sampler.sample(conversations, [limit] * len(part), numbers, temperature)
         for i, (ids, _) in zip(part, turns, strict=True):
             if ids[-1] == tokenizer.end:
                 replies[i] = tokenizer.decode(ids[:-1])
@@ -471,9 +466,10 @@ def generate_replies(sampler, prompts: list[list[str]], limit: int, temperature:
 class ToolActor:
     """Simulates tools. Its input is a tool definition and a call, never question or gold answer.
 
-    Decoding is greedy and cached: the same call always gets the same result.
+    Results are remembered, so the same call always gets the same result. The first try is greedy.
     """
-    TRIES, MEMORY = 3, 100_000
+    TRIES = 3         # per call
+    MEMORY = 100_000  # remembered results
     NO_RESULT = {"error": "the tool gave no valid result"}
 
     def __init__(self, sampler, reply_tokens: int = 64):
@@ -481,34 +477,35 @@ class ToolActor:
         self.reply_tokens = reply_tokens
         self.memo: dict[str, dict] = {}
         self.asked = 0       # calls
-        self.remembered = 0  # calls that were answered from the memo
+        self.remembered = 0  # calls that were in the memo, or repeated in one batch
 
     @staticmethod
     def prompt(definition: str, arguments: dict) -> list[str]:
         """The prompt for one call."""
-        call = f"{definition}\n{dumps(arguments)}"
-        return [*system_turn(ACTOR_SYSTEM), *turn("user", call), *GENERATE]
+        request = f"{definition}\n{dumps(arguments)}"
+        return [*system_turn(ACTOR_SYSTEM), *chat_turn("user", request), *GENERATE]
 
-    def answer(self, requests: list[tuple[Tool, dict]]) -> list[dict]:
-        """The observation of each (tool, arguments). Distinct calls are simulated in one batch.
+    def answer(self, requests: list[Request]) -> list[dict]:
+        """The observation of each request. Distinct requests are simulated in one batch.
 
         An invalid reply is sampled again, at temperature 1.
         """
-        keys = [tool.definition + json.dumps(call, sort_keys=True) for tool, call in requests]
-        new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.memo}
+        keys = [tool.definition + json.dumps(given, sort_keys=True) for tool, given in requests]
+        todo = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.memo}
         self.asked += len(keys)
-        self.remembered += len(keys) - len(new)
+        self.remembered += len(keys) - len(todo)
         for attempt in range(self.TRIES):
-            prompts = [self.prompt(tool.definition, call) for tool, call in new.values()]
+            prompts = [self.prompt(tool.definition, given) for tool, given in todo.values()]
             replies = generate_replies(self.sampler, prompts, self.reply_tokens,
-                                       temperature=float(attempt > 0),
-                                       keys=[(key, attempt) for key in new])
-            for key, reply in zip(list(new), replies, strict=True):
-                observation = parse_observation(new[key][0], reply)
+                                       temperature=0.0 if attempt == 0 else 1.0,
+                                       keys=[(key, attempt) for key in todo])
+            for key, reply in zip(list(todo), replies, strict=True):
+                tool, _ = todo[key]
+                observation = parse_observation(tool, reply)
                 if observation is not None:
                     self.memo[key] = observation
-                    del new[key]
-        self.memo |= dict.fromkeys(new, self.NO_RESULT)
+                    del todo[key]
+        self.memo |= dict.fromkeys(todo, self.NO_RESULT)
         answers = [self.memo[key] for key in keys]
         while len(self.memo) > self.MEMORY:
             del self.memo[next(iter(self.memo))]  # the oldest entry
@@ -525,7 +522,7 @@ def parse_observation(tool: Tool, text: str) -> dict | None:
         return None
     if set(value) == {"error"} and isinstance(value["error"], str):
         return value
-    return value if first_error(tool.result_validator, value) is None else None
+    return value if first_error(tool.returns, value) is None else None
 
 
 @dataclass
@@ -533,7 +530,7 @@ class Toolbox:
     """The tools that the ToolMaker wrote for one question."""
     kind: str
     made: list[Tool]
-    tries: int          # 0: all tries were rejected, so `made` is the fallback
+    tries: int          # number of the accepted try; 0: none was, and `made` is the fallback
     thought: str = ""
     rejected: str = ""  # why the previous try was rejected
 
@@ -559,24 +556,24 @@ class ToolMaker:
         """The prompt for one question, with the reason why an earlier try was rejected."""
         reason = f"\nRejected: {rejected}" if rejected else ""
         system = system_turn(MAKER_SYSTEM.format(kinds=", ".join(KINDS)))
-        return [*system, *turn("user", question + reason), *GENERATE]
+        return [*system, *chat_turn("user", question + reason), *GENERATE]
 
     @staticmethod
     def reply(thought: str, kind: str, tools: list[Tool]) -> str:
-        """The text that parse_tools reads, for training."""
+        """The reply that SFT trains on. parse_tools is the inverse."""
         lines = [f"<think>{thought}</think>", f"<kind>{kind}</kind>", "<tools>"]
         lines += [tool.definition for tool in tools]
         return "\n".join([*lines, "</tools>"])
 
     def make(self, questions: list[str], key: tuple = ()) -> list[Toolbox]:
-        """A Toolbox for each question. The first try is greedy, later tries are sampled."""
+        """A Toolbox for each question. The first try is greedy; `key` seeds the later ones."""
         boxes = [Toolbox("composition", [FALLBACK], 0) for _ in questions]
         reasons = [""] * len(questions)
         todo = list(range(len(questions)))
         for attempt in range(1, self.TRIES + 1):
             prompts = [self.prompt(questions[i], reasons[i]) for i in todo]
             replies = generate_replies(self.sampler, prompts, self.reply_tokens,
-                                       temperature=float(attempt > 1),
+                                       temperature=0.0 if attempt == 1 else 1.0,
                                        keys=[(*key, questions[i], attempt) for i in todo])
             for i, reply in zip(list(todo), replies, strict=True):
                 try:
@@ -588,12 +585,13 @@ class ToolMaker:
         return boxes
 
 
+# (?>...) never tries a later closing tag, so any text takes linear time.
 TOOLS_REPLY = re.compile(
     r"\s*<think>(?>(.*?)</think>)\s*<kind>(?>(.*?)</kind>)\s*<tools>(.*)</tools>\s*", re.DOTALL)
 
 
 def parse_tools(text: str) -> tuple[str, str, list[Tool]]:
-    """Parse a ToolMaker reply -> thought, kind, tools. Rejected says what is wrong."""
+    """Parse a ToolMaker reply -> thought, kind, tools. Raises Rejected with the reason."""
     match = TOOLS_REPLY.fullmatch(text)
     if not match:
         raise Rejected("no think, kind and tools")

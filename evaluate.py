@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import agents
 import data.tools
-from agents import Tool, ToolActor, Toolbox, Trace, load_tools, run_episodes
+from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.read import Item, read_questions, write_predictions, write_questions
 from data.score import exact_match, f1, interval, normalize
@@ -167,6 +167,11 @@ class TracesConfig(EvalConfig):
         if not self.tools:
             raise InputError("tools: a trace to learn from needs them")
         super().__post_init__()
+
+
+def load_tools(path: str) -> list[Tool]:
+    """Read a user's own tools (see data.tools.read_tools)."""
+    return [Tool(**function) for function in data.tools.read_tools(path)]
 
 
 def open_models(config: AgentConfig, rows: int, natural: bool = False

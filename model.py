@@ -3,8 +3,8 @@
 This file knows no agents. Parameters have the names of a Qwen2.5 checkpoint, so loading is a strict
 copy by name.
 
-Shapes: B batch, T tokens, S cache slots (keys), D width, H heads, K kv-heads, Dh head width,
-V vocabulary.
+Shapes: B batch, T tokens, N scored tokens, S cache slots (keys), D hidden size, H heads,
+K kv-heads, Dh head size, V vocabulary.
 """
 import json
 import math
@@ -25,7 +25,7 @@ from data import InputError, read_file, read_json
 
 # ------------------------------------------------------------------------------------------ config
 
-# config.json may hold these keys with these values only. Anything else needs code that isn't here.
+# If config.json has one of these keys, its value must be this one. There is no code for others.
 SUPPORTED = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False,
              "rope_scaling": None, "rope_type": "default"}
 
@@ -62,6 +62,7 @@ class ModelConfig:
                 raise InputError(f"{path}: {key} is {raw[key]!r}, only {want!r} is supported")
         for f in fields(ModelConfig):
             value = raw.get(f.name)
+            # The exact type, because True is an int. An int may stand for a float.
             typed = type(value) is f.type or (f.type is float and type(value) is int)
             if not typed or (f.type is not bool and not 0 < value < 1e12):
                 want = {bool: "true or false", int: "a whole number above 0"}
@@ -70,8 +71,9 @@ class ModelConfig:
         config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         if D % (2 * H) or H % K or config.num_hidden_layers > 1000:
-            raise InputError(f"{path}: {config.num_hidden_layers} layers, hidden_size {D}, "
-                             f"num_attention_heads {H} and num_key_value_heads {K} make no model")
+            raise InputError(f"{path}: hidden_size {D} should be a multiple of 2 x "
+                             f"num_attention_heads {H}, which should be a multiple of "
+                             f"num_key_value_heads {K}; and at most 1000 layers are possible")
         return config
 
 
@@ -106,9 +108,10 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     """positions (B, T) -> position / theta^(2i/Dh), (B, T, Dh/2) (Su et al. 2021, eq. 15)."""
-    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    # transformers rounds in this order. Another order differs by 2e-3 at position 30,000.
-    return positions[..., None].float() * (1 / theta ** (i / head_dim))
+    two_i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    # As in transformers, the power is inverted first, then multiplied by the position. In another
+    # order, float32 rounding makes a difference of 2e-3 at position 30,000.
+    return positions[..., None].float() * (1 / theta ** (two_i / head_dim))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -118,7 +121,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with biases on q, k and v (Ainslie et al. 2023; Qwen2.5)."""
+    """Causal grouped-query attention with biases on q, k and v (Ainslie et al. 2023; Qwen2.5).
+
+    past: where the pass writes into a KV cache, and what it sees there (CachePass). None: no cache.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -131,37 +137,39 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, window: "Window | None") -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: "CachePass | None") -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        if window is None:
+        if past is None:
             # Rows start at position 0, so padding on the right is never seen by a real token.
             out = self.attend(q, k, v)  # (B, H, T, Dh)
         else:
-            # SDPA's is_causal assumes that there is no cache, so the window carries its own mask.
-            k, v = window.write(self.layer, k, v)  # (B, K, S, Dh)
-            # Stack the H/K query heads of a kv-head along time. This copies no key and avoids
-            # the slow grouped kernel.
+            # SDPA's is_causal assumes that there is no cache, so `past` brings a mask.
+            k, v = past.write(self.layer, k, v)  # (B, K, S, Dh)
+            # The H/K query heads of a kv-head become one head with H/K·T queries. So no key is
+            # copied, and SDPA's slow kernel for grouped heads is not needed.
             q = q.reshape(B, self.kv_heads, -1, self.head_dim)  # (B, K, H/K·T, Dh)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=past.mask)
             out = out.reshape(B, self.heads, T, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal softmax(q kᵀ / sqrt(Dh)) v; q (B, H, T, Dh), k and v (B, K, T, Dh)."""
         B, H, T, Dh = q.shape
-        if not torch.is_autocast_enabled("cpu") or B * H * T * T > 2 ** 24:
+        # On a CPU in bfloat16, the fused kernel is much slower than the plain formula. But the
+        # formula stores all scores, so it is used up to 2^24 of them (64 MB).
+        plain = torch.is_autocast_enabled("cpu") and B * H * T * T <= 2 ** 24
+        if not plain:
             grouped = self.heads != self.kv_heads
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        # On a CPU in bfloat16 the fused kernel is much slower than the plain formula.
         future = torch.full((T, T), -math.inf).triu(1)
         future = future.repeat(H // self.kv_heads, 1)  # (H/K·T, T)
         q = (q * Dh ** -0.5).reshape(B, self.kv_heads, -1, Dh)  # (B, K, H/K·T, Dh)
-        scores = q @ k.mT + future  # (B, K, H/K·T, T), in float32
+        scores = q @ k.mT + future  # (B, K, H/K·T, T); the sum is in float32
         return (scores.softmax(-1) @ v).view(B, H, T, Dh)
 
 
@@ -188,8 +196,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, window: "Window | None") -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, window)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: "CachePass | None") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -218,20 +226,20 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model["norm"].weight.dtype
 
-    def forward(self, ids: Tensor, window: "Window | None" = None) -> Tensor:
-        """ids (B, T) -> final states (B, T, D). Without a window, each row starts at position 0 and
-        may be padded on the right with any id. With a window, the ids continue rows of a KV cache.
+    def forward(self, ids: Tensor, past: "CachePass | None" = None) -> Tensor:
+        """ids (B, T) -> final states (B, T, D). Without a cache, each row starts at position 0 and
+        may be padded on the right with any id. With one, the ids continue the rows of the cache.
         """
-        if window is None:
+        if past is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         else:
-            positions = window.positions  # (B, T)
+            positions = past.positions  # (B, T)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)[:, None]
         cos = angles.cos().to(self.dtype)  # (B, 1, T, Dh/2)
         sin = angles.sin().to(self.dtype)
         x = self.model["embed_tokens"](ids)  # (B, T, D)
         for block in self.model["layers"]:
-            x = block(x, cos, sin, window)
+            x = block(x, cos, sin, past)
         return self.model["norm"](x)
 
     def head(self, states: Tensor) -> Tensor:
@@ -243,17 +251,19 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> "Transformer":
         """Set random weights for a small model that is trained from scratch."""
         generator = torch.Generator().manual_seed(seed)
-        depth = math.sqrt(2 * self.config.num_hidden_layers)  # number of summed outputs (GPT-2)
+        # Outputs are scaled down, because the residual stream sums two per layer (GPT-2).
+        depth = math.sqrt(2 * self.config.num_hidden_layers)
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 weight.data.zero_()
             elif weight.dim() == 2:
+                # 0.08 and 0.6 were found by trial on the miniature.
                 std = 0.08 if "embed" in name else 0.6 / math.sqrt(weight.shape[1])
                 if name.endswith("down_proj.weight"):
                     std /= depth
                 weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
-        # Each head starts as a copying head: o_proj is v_proj transposed (Trockman & Kolter 2023).
-        # Without this start, values that are rare in the data may never be copied.
+        # Each head starts as a copying head: o_proj is v_proj transposed and scaled down (Trockman
+        # & Kolter 2023). Without it, the model may never learn to copy names that are rare.
         for block in self.model["layers"]:
             a = block.self_attn
             v = a.v_proj.weight.data.view(a.kv_heads, a.head_dim, -1)  # (K, Dh, D)
@@ -266,13 +276,13 @@ def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: f
                    ) -> tuple[Tensor, Tensor]:
     """Score tokens: ids (B, T), mask (B, T) bool -> log-probabilities and entropies, both (B, T).
 
-    A masked-in id is scored given all ids before it; elsewhere both are zero. The entropy is that
-    of the distribution the id was drawn from; it has no gradient. The softmax is in float32.
+    Where the mask is 1, the id is scored given all ids before it. Elsewhere both results are 0. The
+    entropy is that of the distribution of the id; it has no gradient. The softmax is in float32.
     """
     rows, cols = mask.nonzero(as_tuple=True)  # (N,) scored tokens only
     assert bool((cols > 0).all()), "the first token of a row has no context and can't be scored"
     states = model(ids)[rows, cols - 1]  # (N, D)
-    # Few distinct shapes, because oneDNN compiles a kernel for each.
+    # Pad N to a multiple of 128: on a CPU, oneDNN compiles a kernel for each new shape.
     states = F.pad(states, (0, 0, 0, -len(rows) % 128))
     logits = model.head(states)[:len(rows)] / temperature  # (N, V)
     logprobs = logits.log_softmax(-1)
@@ -287,10 +297,11 @@ def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: f
 
 
 class KVCache:
-    """Keys and values of many conversations. Each has one row; its tokens lie at 0 to length[row].
+    """Keys and values of many conversations, one row each. A row holds its tokens in the slots 0 to
+    length[row] - 1.
 
-    length is the only position counter. There are no holes and no left padding. The memory starts
-    as zeros: torch.empty may hold NaN, and a masked NaN still spoils a sum, because 0 · NaN is NaN.
+    All positions come from length. There are no holes and no left padding. The memory starts as
+    zeros: torch.empty may hold NaN, and a masked NaN still spoils a sum, because 0 · NaN is NaN.
     """
 
     def __init__(self, model: Transformer, rows: int, slots: int):
@@ -300,42 +311,47 @@ class KVCache:
         self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.groups = c.num_attention_heads // c.num_key_value_heads  # query heads per kv-head
-        self.longest = 0  # upper bound of length, kept on the host to avoid a device sync
+        # No row of a pass is longer. This is kept on the host, because reading length would make
+        # the host wait for the device.
+        self.longest = 0
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy row source[i] to row target[i]. A swap lists both rows in both arguments."""
+        """Copy row source[i] to row target[i]. move([a, b], [b, a]) swaps the rows a and b."""
         for part in (self.k, self.v):
             part[:, target, :, :self.longest] = part[:, source, :, :self.longest]
         self.length[target] = self.length[source]
 
 
-class Window:
-    """One pass over the first B rows of a cache: where its tokens go and what they attend to."""
+class CachePass:
+    """One forward pass of new tokens for the first B rows of a cache: the slots that the tokens are
+    written to, and their attention mask.
+    """
 
-    def __init__(self, cache: KVCache, new: Tensor, width: int):
-        """new (B,): the number of real tokens in each row. The rest of `width` is padding."""
+    def __init__(self, cache: KVCache, new: Tensor, T: int):
+        """new (B,): the number of real tokens in each row. The other columns are padding."""
         B, device = len(new), new.device
-        columns = torch.arange(width, device=device)
+        columns = torch.arange(T, device=device)
         self.cache = cache
         self.new = new
         self.positions = cache.length[:B, None] + columns  # (B, T)
-        # The longest row may not be the row that grows most, so this is an upper bound.
-        cache.longest = min(cache.longest + width, cache.k.shape[3])
+        # An upper bound of the new lengths: the longest row may not be the row that grows most.
+        cache.longest = min(cache.longest + T, cache.k.shape[3])
         keys = torch.arange(cache.longest, device=device)
         future = keys > self.positions[:, None, :, None]  # (B, 1, T, S)
         # SDPA would turn a bool mask into this float mask again in every layer.
         mask = torch.zeros(future.shape, dtype=cache.k.dtype, device=device)
         self.mask = mask.masked_fill_(future, -math.inf).repeat(1, 1, cache.groups, 1)
-        if width > 1:
+        if T > 1:  # (row, column) of each real token
             self.real = (columns < new[:, None]).nonzero(as_tuple=True)
-        else:
+        else:  # all tokens are real, and nonzero() would wait for the device
             self.real = torch.arange(B, device=device), torch.zeros_like(new)
-        self.slots = self.positions[self.real]  # cache slots of the real tokens
+        self.slots = self.positions[self.real]  # the cache slot of each real token
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, K, T, Dh) without padding -> all keys and values so far (B, K, S, Dh)."""
         rows, cols = self.real
         B, S = len(self.positions), self.mask.shape[-1]
+        # Both sides are (real tokens, K, Dh).
         self.cache.k[layer, rows, :, self.slots] = k[rows, :, cols]
         self.cache.v[layer, rows, :, self.slots] = v[rows, :, cols]
         return self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]
@@ -360,8 +376,8 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         ids = logits.argmax(-1)
     else:
         cdf = logprobs.exp().cumsum(-1)
-        below = uniform.to(cdf.dtype) * cdf[:, -1]  # the last sum is 1 only up to rounding
-        ids = torch.searchsorted(cdf, below[:, None], right=True)[:, 0]
+        point = uniform.to(cdf.dtype) * cdf[:, -1]  # the last sum is 1 only up to rounding
+        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
         ids = ids.clamp(max=cdf.shape[1] - 1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
@@ -375,7 +391,7 @@ class Conversation:
 
 
 class Sampler:
-    """Open conversations over one KV cache. Nothing is prefilled twice.
+    """Holds conversations that stay open between turns, in one KV cache. No token is fed twice.
 
     Each pass computes the first B rows of the cache. When a conversation ends its turn, it swaps
     rows with the last active conversation, so finished rows are not computed:
@@ -411,10 +427,10 @@ class Sampler:
         self.unused = self.unused[len(opened):]
         # sample() starts with a pass over pending ids. So the last id of a prompt stays pending,
         # and that pass yields the state from which the first new token is drawn.
-        heads = opened[::copies]
-        for head, prompt in zip(heads, prompts, strict=True):
-            head.pending = prompt[:-1]
-        order = sorted((head for head in heads if head.pending), key=lambda c: len(c.pending))
+        firsts = opened[::copies]  # one conversation per prompt; the others are copies
+        for first, prompt in zip(firsts, prompts, strict=True):
+            first.pending = prompt[:-1]
+        order = sorted((c for c in firsts if c.pending), key=lambda c: len(c.pending))
         for i in range(0, len(order), 32):  # batches of similar length need little padding
             self._prefill(order[i:i + 32])
         for i, conversation in enumerate(opened):
@@ -424,6 +440,7 @@ class Sampler:
         if copies > 1 and opened:
             self.cache.longest = max(c.filled for c in opened)
             rows = torch.tensor([c.row for c in opened], device=self.model.device)
+            # From the first row of each prompt to the rows of all its copies.
             self.cache.move(rows[::copies].repeat_interleave(copies), rows)
         return opened
 
@@ -440,32 +457,34 @@ class Sampler:
         """
         device, B, longest = self.model.device, len(conversations), max(limits)
         for c, limit in zip(conversations, limits, strict=True):
-            need = c.filled + len(c.pending) + limit - 1
-            assert limit > 0 and need <= self.slots, (
+            need = c.filled + len(c.pending) + limit - 1  # the last new id is not fed
+            assert c.pending and limit > 0 and need <= self.slots, (
                 f"limit {limit}: KV cache of {self.slots} slots, {need} needed")
-        limit = torch.tensor(limits, device=device)
-        table = torch.as_tensor(uniforms, device=device)
+        limit_of = torch.tensor(limits, device=device)
+        uniform_of = torch.as_tensor(uniforms, device=device)
         ids = torch.zeros(B, longest, dtype=torch.long, device=device)
         float_type = torch.promote_types(self.model.dtype, torch.float32)
         logprobs = torch.zeros(B, longest, dtype=float_type, device=device)
         count = torch.zeros(B, dtype=torch.long, device=device)  # new tokens of each conversation
 
         states = self._prefill(conversations)  # (B, D)
+        # index: cache row -> place in `conversations`, and so in all tensors above.
         order = {c: i for i, c in enumerate(conversations)}
-        index = torch.tensor([order[c] for c in self.rows[:B]], device=device)  # row -> table line
+        index = torch.tensor([order[c] for c in self.rows[:B]], device=device)
         for step in range(longest):
-            new, logprob = draw(self.model.head(states), table[index, step], temperature)
+            new, logprob = draw(self.model.head(states), uniform_of[index, step], temperature)
             ids[index, step] = new
             logprobs[index, step] = logprob
             count[index] = step + 1
-            done = torch.isin(new, self.stop) | (limit[index] <= step + 1)
-            if done.any():  # the only device sync of a step
+            done = torch.isin(new, self.stop) | (limit_of[index] <= step + 1)
+            done = done.tolist()  # here the host waits for the device, once per step
+            if any(done):
                 new, index = self._remove(done, new, index)
                 if not len(index):
                     break
-            window = Window(self.cache, torch.ones_like(index), 1)
-            states = self.model(new[:, None], window)[:, 0]  # (B, D)
-            window.close()
+            past = CachePass(self.cache, torch.ones_like(index), 1)
+            states = self.model(new[:, None], past)[:, 0]  # (B, D)
+            past.close()
 
         ids, logprobs, count = ids.tolist(), logprobs.tolist(), count.tolist()
         for i, c in enumerate(conversations):
@@ -474,15 +493,15 @@ class Sampler:
         return [(ids[i][:n], logprobs[i][:n]) for i, n in enumerate(count)]
 
     def _prefill(self, conversations: list[Conversation]) -> Tensor:
-        """Feed the pending ids, a ragged batch -> the last state of each conversation (B, D).
+        """Feed the pending ids, a ragged batch -> the state of each one's last id (B, D).
 
         Afterwards the conversations hold the first B cache rows; the states are in that order.
         """
         B, device = len(conversations), self.model.device
         wanted = set(conversations)
-        leave = [row for row in range(B) if self.rows[row] not in wanted]
-        enter = [c.row for c in conversations if c.row >= B]
-        self._swap(leave, enter)
+        others = [row for row in range(B) if self.rows[row] not in wanted]
+        outside = [c.row for c in conversations if c.row >= B]  # as many as there are others
+        self._swap(others, outside)
         active = self.rows[:B]
         lengths = [len(c.pending) for c in active]
         self.cache.longest = max(c.filled for c in active)
@@ -492,21 +511,20 @@ class Sampler:
             c.filled += len(c.pending)
             c.pending = []
         new = torch.tensor(lengths, device=device)
-        window = Window(self.cache, new, ids.shape[1])
-        states = self.model(ids.to(device), window)  # (B, T, D)
-        window.close()
+        past = CachePass(self.cache, new, ids.shape[1])
+        states = self.model(ids.to(device), past)  # (B, T, D)
+        past.close()
         self.cache.longest = max(c.filled for c in active)
-        return states[torch.arange(B, device=device), (new - 1).clamp(min=0)]
+        return states[torch.arange(B, device=device), new - 1]
 
-    def _remove(self, done: Tensor, new: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Swap finished rows behind active ones -> new ids and table lines of the active rows."""
-        flags = done.tolist()
-        active = flags.count(False)
-        holes = [row for row in range(active) if flags[row]]
-        movers = [row for row in range(active, len(flags)) if not flags[row]]
-        self._swap(holes, movers)
-        if holes:
-            target = torch.tensor(holes, device=index.device)
+    def _remove(self, done: list[bool], new: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Swap finished rows behind the active ones -> `new` and `index` of the active rows."""
+        active = done.count(False)
+        finished = [row for row in range(active) if done[row]]
+        movers = [row for row in range(active, len(done)) if not done[row]]
+        self._swap(finished, movers)
+        if finished:
+            target = torch.tensor(finished, device=index.device)
             source = torch.tensor(movers, device=index.device)
             new[target] = new[source]
             index[target] = index[source]
@@ -553,27 +571,30 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], device: str,
                dtype: torch.dtype) -> None:
     """Copy the tensors of one file into the model and remove their names from `missing`."""
-    def read(name: str) -> None:
-        stored = tensors.get_tensor(name)
-        shape = missing.pop(name, None)
-        if shape is None:
-            raise InputError(f"{file}: {name} is not a tensor of this model, or it is stored twice")
-        if stored.shape != shape:
-            raise InputError(f"{file}: {name} has shape {tuple(stored.shape)}, "
-                             f"config.json asks for {tuple(shape)}")
-        weight = stored.to(dtype)
-        if not stored.is_floating_point() or not bool(weight.sum().isfinite()):
-            raise InputError(f"{file}: {name} ({stored.dtype}) should hold finite numbers only")
-        module, _, parameter = name.rpartition(".")
-        setattr(model.get_submodule(module), parameter, nn.Parameter(weight))
-
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             names = tensors.keys()
             if model.config.tie_word_embeddings:  # some writers store the tied head too: skip it
                 names = [name for name in names if name != "lm_head.weight"]
-            with ThreadPoolExecutor(4) as pool:  # most time goes into page faults of fresh memory
-                list(pool.map(read, names))
+
+            def read(name: str) -> None:
+                stored = tensors.get_tensor(name)
+                shape = missing.pop(name, None)
+                if shape is None:
+                    raise InputError(f"{file}: {name} is not a tensor of this model, or it is "
+                                     "stored twice")
+                if stored.shape != shape:
+                    raise InputError(f"{file}: {name} has shape {tuple(stored.shape)}, "
+                                     f"config.json asks for {tuple(shape)}")
+                weight = stored.to(dtype)
+                if not stored.is_floating_point() or not bool(weight.sum().isfinite()):
+                    raise InputError(f"{file}: {name} ({stored.dtype}) should hold finite numbers")
+                module, _, parameter = name.rpartition(".")
+                setattr(model.get_submodule(module), parameter, nn.Parameter(weight))
+
+            # Threads share the page faults of fresh memory, which take most of the time.
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(read, names))  # list() raises the errors of the threads
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error})") from None
 
@@ -596,7 +617,7 @@ def save_model(model: Transformer, tokenizer: "Tokenizer", folder: Path) -> None
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an older model
     weights = {name: w.detach().contiguous().cpu() for name, w in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    pad = min(tokenizer.stop_ids)
+    pad = min(tokenizer.stop_ids)  # <|endoftext|>; its id is below that of <|im_end|>
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
               "torch_dtype": str(model.dtype).removeprefix("torch."), "use_sliding_window": False,
               "attention_dropout": 0.0, "eos_token_id": tokenizer.end, "pad_token_id": pad,
@@ -630,7 +651,7 @@ class Tokenizer:
         plain = tokenizers.Tokenizer(self.full.model)  # the same vocabulary without added tokens
         plain.normalizer = self.full.normalizer
         plain.pre_tokenizer = self.full.pre_tokenizer
-        self.encode_text = lru_cache(2000)(lambda text: plain.encode(text).ids)
+        self.plain_ids = lru_cache(2000)(lambda text: plain.encode(text).ids)
         self.size = self.full.get_vocab_size()
         self.files = {"tokenizer.json": content}  # saved again byte for byte
         for name in ("tokenizer_config.json", "chat_template.jinja"):
@@ -651,8 +672,8 @@ class Tokenizer:
         return ids + self._encode_text(text)
 
     def _encode_text(self, text: str) -> list[int]:
-        # JSON can smuggle in a lone surrogate. It is no character, and the encoder would raise.
-        return self.encode_text(text.encode("utf-8", "replace").decode()) if text else []
+        # JSON such as "\\ud800" gives half a character. The encoder would raise, so it becomes "?".
+        return self.plain_ids(text.encode("utf-8", "replace").decode()) if text else []
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, with control tokens spelled out."""
@@ -660,7 +681,7 @@ class Tokenizer:
 
 
 def _stop_ids(path: Path) -> list[int]:
-    """eos_token_id of generation_config.json. A base checkpoint's list lacks <|im_end|>."""
+    """eos_token_id of generation_config.json. A base checkpoint's lacks <|im_end|>; we add it."""
     stops = read_json(path).get("eos_token_id", []) if path.exists() else []
     stops = stops if isinstance(stops, list) else [stops]
     for stop in stops:

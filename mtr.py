@@ -1,11 +1,14 @@
-"""The map: learn to use tools from simulated traces, end to end. Everything is called from here.
+"""Start here. A model learns to use tools whose results are simulated by another model. The method
+is that of "Adaptive Tool Generation with Models as Tools and Reinforcement Learning" (MTR).
 
-  python mtr.py                 the miniature: world, SFT, GRPO, evaluation; minutes on a CPU
-  python mtr.py ask "question"  the three agents answer your question about the fictional world
-  python mtr.py ask --model FOLDER "question"    a Qwen2.5 checkpoint serves as all three agents
+  python mtr.py                 the miniature: train a small model from random weights in a
+                                fictional world of people and cities (SFT, then GRPO), and
+                                evaluate it; minutes on a CPU
+  python mtr.py ask "question"  the trained model answers your question about this world
+  python mtr.py ask --model FOLDER "question"    a Qwen2.5 checkpoint answers, as all three agents
   python mtr.py eval            evaluate a run or a checkpoint, on held-out or benchmark questions
-  python mtr.py traces          stage 0: a teacher checkpoint's traces, for sft.py --traces
-  python mtr.py show            the table of a finished run, one question before and after GRPO
+  python mtr.py traces          optional stage 0: a larger checkpoint writes traces for SFT
+  python mtr.py show            the table of a finished run, and a question before and after GRPO
 """
 import argparse
 import json
@@ -16,19 +19,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import evaluate
-from agents import AutoAgent, Trace, load_tools, run_episodes
+from agents import AutoAgent, Trace, Turn, run_episodes
 from data import InputError
-from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, open_models
+from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, load_tools, open_models
 from grpo import GRPOConfig, train_grpo
 from report import before_and_after, draw_curves, say, show_evaluation, show_run
 from run import Parser, add_options, option, run_main, validate
 from sft import SFTConfig, train_sft
 
-TOY = {"sft": {"worlds": 2, "steps": 30, "agent_tokens": 600, "maker_tokens": 400,
-               "actor_tokens": 400, "piece_steps": 5, "warmup": 5, "continued_steps": 5,
-               "shape": "toy"},
-       "grpo": {"steps": 2, "questions": 2, "group": 2, "turn_tokens": 48, "max_turns": 3,
-                "eval_every": 2}}
+TOY_OPTIONS = {
+    "sft": {"worlds": 2, "steps": 30, "agent_tokens": 600, "maker_tokens": 400,
+            "actor_tokens": 400, "piece_steps": 5, "warmup": 5, "continued_steps": 5,
+            "shape": "toy"},
+    "grpo": {"steps": 2, "questions": 2, "group": 2, "turn_tokens": 48, "max_turns": 3,
+             "eval_every": 2}}
 
 
 @dataclass
@@ -37,19 +41,19 @@ class RunConfig:
     out: str = option("run", "run folder")
     seed: int = option(0, "seed of the world and of everything else", least=0)
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
-    toy: bool = option(False, "run every stage in under a minute to check that all works; nothing "
-                       "is learned; OUT is toy then")
+    toy: bool = option(False, "run every stage in under a minute, only to check that it works; the "
+                       "run folder is then toy, unless you give --out")
     resume: bool = option(False, "continue an interrupted run; finished stages are skipped")
 
     def __post_init__(self):
         validate(self)
-        if self.toy and self.out == RunConfig.out:
-            self.out = "toy"  # not the folder of a real run
+        if self.toy and self.out == RunConfig.out:  # the default
+            self.out = "toy"
 
 
 @dataclass
 class AskConfig(AgentConfig):
-    """The options of mtr.py ask."""
+    """The options of mtr.py ask. AgentConfig adds --model, --temperature, --seed and limits."""
     tools: str = option("", "your own tools in place of the ToolMaker's: JSON or Python")
     question: str = option("", 'for example "Who is the mayor of the birthplace of Borox?"',
                            positional=True)
@@ -62,35 +66,37 @@ class ShowConfig:
 
 
 def run_all(config: RunConfig) -> None:
-    """Run the whole method: both stages, the control, the evaluation."""
+    """Run the whole method: SFT, GRPO, a control (more SFT in place of GRPO), the evaluation."""
     shared = {"out": config.out, "seed": config.seed, "threads": config.threads,
               "resume": config.resume}
-    toy = TOY if config.toy else {"sft": {}, "grpo": {}}
-    first = SFTConfig(**shared, **toy["sft"])
-    second = GRPOConfig(**shared, **toy["grpo"])
+    options = TOY_OPTIONS if config.toy else {"sft": {}, "grpo": {}}
+    first = SFTConfig(**shared, **options["sft"])
+    second = GRPOConfig(**shared, **options["grpo"])
     out = Path(config.out)
     finished = (out / "results.json").exists()
     if finished and not config.resume:
         raise InputError(f"{out}: holds a finished run (see mtr.py show); remove it or choose "
                          "another --out")
-    seconds = {}
+    seconds = {}  # of this process; after --resume, finished stages take none
 
-    def timed(stage: str, function, *args):
+    def timed(stage: str, function, *args, **options):
         start = time.perf_counter()
-        result = function(*args)
+        result = function(*args, **options)
         seconds[stage] = round(time.perf_counter() - start, 1)
         return result
 
-    say(f"1/4  SFT: {first.steps} steps from random weights, on an impatient teacher's traces")
+    say(f"1/4  SFT: {first.steps} steps from random weights, on the traces of a scripted teacher "
+        "that often stops one lookup too early")
     timed("sft", train_sft, first)
     say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} "
         "traces")
     timed("grpo", train_grpo, second)
-    say("3/4  the control: SFT continues for about as long as GRPO took")
-    timed("sft_continued", train_sft, first, True)
+    say(f"3/4  the control: {first.continued_steps} more steps of SFT in place of GRPO")
+    timed("sft_continued", train_sft, first, continued=True)
     if not finished:
-        say("4/4  evaluation: every row answers the same held-out questions")
-        results, questions, traces = timed("evaluation", all_rows, out, second, config.toy)
+        say("4/4  evaluation: every model and control answers the same held-out questions, one row "
+            "of the table each")
+        results, questions, traces = timed("evaluation", all_rows, out, second, few=config.toy)
         results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
         story = before_and_after(questions, traces["sft"], traces["grpo"])
         (out / "story.txt").write_text(story + "\n", encoding="utf-8")
@@ -106,19 +112,21 @@ def ask(config: AskConfig) -> None:
     if not question.strip():
         raise InputError("question: it is empty")
     tools = load_tools(config.tools) if config.tools else []
+    # The simulator is ToolMaker and ToolActor. With --model there is no world.
     simulator, policy, world = open_models(config, rows=1)
     agent = simulator.agent(policy, 1, config.temperature)
-    if not tools:
-        box = simulator.maker.make([question])[0]
-        tools = box.tools
-        note = "" if box.tries else "; its tools were rejected, so there is one general tool"
-        say(f"ToolMaker: {box.kind}{note}")
-        for tool in tools:
-            print(f"  {tool.definition}")
     tokens = len(simulator.tokenizer.encode(AutoAgent.prompt(question, tools)))
     if tokens >= agent.trace_tokens:
         raise InputError(f"question: {tokens} tokens with its tools, but there is room for "
                          f"{agent.trace_tokens} per trace")
+    if not tools:
+        box = simulator.maker.make([question])[0]
+        tools = box.tools
+        say(f"ToolMaker: {box.kind}")
+        if box.tries == 0:
+            print("  its tools were rejected, so there is one general tool")
+        for tool in tools:
+            print(f"  {tool.definition}")
     say("AutoAgent and ToolActor:")
     trace = Trace(question, tools, (config.seed, question))
     shown = 0
@@ -130,10 +138,11 @@ def ask(config: AskConfig) -> None:
             print(line, flush=True)
         shown = len(lines)
 
-    with world.sealed() if world else nullcontext():
+    with world.sealed() if world else nullcontext():  # any look-up of a fact raises
         run_episodes(agent, simulator.actor.answer, [trace], watch=watch)
-    if trace.status == "malformed":
-        length = (trace.mask[::-1] + [0]).index(0)  # of the last turn
+    last = trace.turns[-1] if trace.turns else Turn()
+    if not last.calls and last.answer is None:  # malformed, or cut off: show what was generated
+        length = trace.mask[::-1].index(0)  # the last turn is the run of ones at the end
         print(f"  the turn  {simulator.tokenizer.decode(trace.ids[-length:])!r}")
 
 
@@ -144,10 +153,10 @@ def eval_command(config: EvalConfig) -> None:
 
 def traces_command(config: TracesConfig) -> None:
     """Stage 0: write a teacher's traces over question files, and report how many were kept."""
-    why = evaluate.make_traces(config)
-    total = why.total()
-    print(f"kept {why.pop('', 0)} of {total} traces")
-    for reason, number in why.most_common():
+    reasons = evaluate.make_traces(config)  # why traces were not kept; "" counts the kept ones
+    total = reasons.total()
+    print(f"kept {reasons.pop('', 0)} of {total} traces")
+    for reason, number in reasons.most_common():
         print(f"  {number:>6}  {reason}")
     print(f"next: python sft.py --model {config.model} --traces {config.out} --out RUN")
 
@@ -173,8 +182,8 @@ def main() -> None:
         add_options(command, config_class)
     options = vars(parser.parse_args())
     name = options.pop("command")
-    if name and sys.argv[1] != name:
-        parser.error(f"{sys.argv[1]}: options stand after {name}")
+    if name and sys.argv[1] != name:  # argparse would replace them by the defaults of the command
+        parser.error(f"{sys.argv[1]}: put options after {name}")
     config_class, function = COMMANDS.get(name, (RunConfig, run_all))
     function(config_class(**{f.name: options[f.name] for f in fields(config_class)}))
 

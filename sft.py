@@ -133,7 +133,7 @@ def split_conversation(record: dict) -> tuple[list[str], Turns]:
         received = []
         if i + 1 < len(exchanges):
             arguments = agents.dumps(exchanges[i + 1][0])
-            received = ["\n", *agents.turn("user", arguments), *agents.GENERATE]
+            received = ["\n", *agents.chat_turn("user", arguments), *agents.GENERATE]
         turns.append(([agents.result_text(result)], received))
     return ToolActor.prompt(Tool(**record["tool"]).definition, exchanges[0][0]), turns
 

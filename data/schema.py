@@ -69,13 +69,14 @@ def check_schema(schema: object) -> None:
     if not all(isinstance(part, dict) for part in properties.values()):
         raise Rejected("schema without properties")
     required = schema.get("required", [])
-    if not isinstance(required, list) or any(name not in list(properties) for name in required):
+    names = list(properties)  # a list, because `required` may hold values that can't be hashed
+    if not isinstance(required, list) or any(name not in names for name in required):
         raise Rejected("required names no property")
     check_keywords(schema)
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
-        unknown = error.validator in ("anyOf", "enum")
+        unknown = error.validator in ("anyOf", "enum")  # so the metaschema limits `type`
         raise Rejected("unknown type" if unknown else "bad schema") from None
 
 
@@ -93,16 +94,17 @@ def check_keywords(schema: dict) -> None:
                 if key in FORBIDDEN:
                     raise Rejected(f"schema with {key}")
                 if key == "properties" and isinstance(child, dict):
-                    # The keys of this object are names of properties, not keywords.
+                    # The keys of this object are names of properties, not keywords. The values
+                    # are two levels below the node.
                     todo += [(part, depth + 2) for part in child.values()]
                 else:
                     todo.append((child, depth + 1))
 
 
-def first_error(validator: jsonschema.Draft202012Validator, value: dict) -> str | None:
-    """The first error of a value by a schema, in one line. None if the value is valid."""
+def first_error(schema: dict, value: dict) -> str | None:
+    """The first reason why a value does not fit a schema, in one line. None if it fits."""
     try:
-        error = next(validator.iter_errors(value), None)
+        error = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
     except (ArithmeticError, RecursionError):  # too large a number, too deep a nesting
         return "arguments out of range"
     return error.message[:80] if error else None

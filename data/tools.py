@@ -204,7 +204,9 @@ def _check_strict(schema: dict) -> None:
                 if set(node.get("required", [])) != set(node.get("properties", {})):
                     raise Rejected("strict, but a property is not required")
             for key, child in node.items():
-                todo += child.values() if key == "properties" else [child]
+                # The keys of `properties` are names of properties, not keywords.
+                named = key == "properties" and isinstance(child, dict)
+                todo += child.values() if named else [child]
 
 
 # ---------------------------------------------------------------------------------------- backends
