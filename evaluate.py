@@ -17,10 +17,11 @@ import data.tools
 from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.read import Item, read_questions, write_predictions, write_questions
-from data.score import exact_match, f1, interval, normalize
+from data.score import exact_match, f1, holds, interval, normalize
+from data.training import read_done
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
 from data.world import tools_for as teachers_tools
-from grpo import GRPOConfig, Simulator, by_set, holds, means, measure, score_heldout
+from grpo import GRPOConfig, Simulator, by_set, means, measure, score_heldout
 from model import ModelConfig, Transformer, load
 from run import option, pick_device, set_up, validate
 from sft import world_seed
@@ -174,7 +175,7 @@ def load_tools(path: str) -> list[Tool]:
     return [Tool(**function) for function in data.tools.read_tools(path)]
 
 
-def open_models(config: AgentConfig, rows: int, natural: bool = False
+def open_models(config: AgentConfig, rows: int, long_prompts: bool = False
                 ) -> tuple[Simulator, Transformer, World | None]:
     """The simulator, the policy and the world of a run; or a checkpoint as both, and no world."""
     set_up(config)
@@ -197,8 +198,9 @@ def open_models(config: AgentConfig, rows: int, natural: bool = False
     trained = read_json(out / "grpo" / "config.json")
     limits = {name: getattr(config, name) or trained[name] for name in LIMITS}
     dtype = dtype if trained["data"] else torch.float32  # the miniature is float32 everywhere
-    natural = natural or bool(trained["data"])
-    simulator = Simulator(out / "sft" / "model", replace(config, **limits), natural, rows, dtype)
+    long_prompts = long_prompts or bool(trained["data"])
+    simulator = Simulator(out / "sft" / "model", replace(config, **limits), long_prompts, rows,
+                          dtype)
     policy, _ = load(out / "grpo" / "model", pick_device(), dtype)
     return simulator, policy, make_world(world_seed(config.out))
 
@@ -339,30 +341,6 @@ def make_traces(config: TracesConfig) -> Counter:
 
 SETTINGS = ("seed", "temperature", "max_turns", "turn_tokens", "trace_tokens", "backend",
             "real_tools", "grounded")
-
-
-def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
-    """(question, sample) -> why it was not kept, from a file that the same settings began.
-
-    The first line of the file holds the settings. A last line that a kill cut off is removed.
-    """
-    if not path.exists():
-        path.write_text(json.dumps({"settings": settings, "conversations": []}) + "\n")
-    text = path.read_bytes()
-    whole = text[:text.rfind(b"\n") + 1]
-    try:
-        first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-        done = {(line["id"], line["sample"]): line["why"] for line in lines}
-        found = first["settings"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: was not written by this command; choose another --out") from None
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise InputError(f"{path}: was begun with {name} {found.get(name)!r}, not {value!r}; "
-                             "choose another --out")
-    if whole != text:
-        path.write_bytes(whole)
-    return done
 
 
 def why_not(trace: Trace, item: Item) -> str:

@@ -2,31 +2,37 @@
 that score above their group's mean become more likely, the others less likely.
 
     advantage    A_i = (R_i - mean(R)) / (std(R) + 1e-4)     mean and std over the group of trace i
-    ratio        r_it = pi(o_it | before) / pi_old(o_it | before)           for sampled token o_it
+    ratio        r_it = pi(o_it | before) / pi_old(o_it | before)
+    KL estimate  k3_it = q - log(q) - 1, with q = pi_ref(o_it | before) / pi(o_it | before)
     objective    J = sum_i w_i sum_t [ min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i)
                                        - beta k3_it ]
-    KL estimate  k3 = pi_ref / pi - log(pi_ref / pi) - 1            (Schulman, "Approximating KL")
+
+    R_i is the reward of trace i, o_it its t-th sampled token, and `before` all tokens before it.
+    pi is the model in training, pi_old the same model before the update, pi_ref stage 1's model.
 
     token weight, for N traces with |o_i| sampled tokens each:
-      grpo       w_i = 1 / (N |o_i|)        DeepSeekMath (Shao et al. 2024, eq. 3)
-      dapo       w_i = 1 / sum_j |o_j|      DAPO (Yu et al. 2025); its loss only, not its sampler
-      dr_grpo    w_i = 1 / (N L_max)        Dr. GRPO (Liu et al. 2025); A_i without the division
-      gspo       w_i as grpo                GSPO (Zheng et al. 2025); one ratio per trace
+      grpo       w_i = 1 / (N |o_i|)      DeepSeekMath (Shao et al. 2024, eq. 3)
+      dapo       w_i = 1 / sum_j |o_j|    DAPO (Yu et al. 2025); without its resampling of groups
+      dr_grpo    w_i = 1 / (N L_max)      Dr. GRPO (Liu et al. 2025); A_i without the division
+      gspo       w_i as grpo              GSPO (Zheng et al. 2025); one ratio per trace
 
-The clip is PPO's (Schulman et al. 2017, eq. 7). Where we depart from the papers:
+The clip is PPO's (Schulman et al. 2017, eq. 7), k3 is from Schulman's "Approximating KL". Where we
+depart from the papers:
   1. Only sampled tokens are summed. Everything else, such as observations, is masked.
-  2. pi_old is the trainer's first pass, not the sampler, so the ratio of a first update is 1.
-  3. If all rewards of a group are equal, its advantage is 0. Without KL it is not computed.
+  2. pi_old is computed by the trainer, not taken from the sampler. So before the first optimizer
+     step of a rollout, every ratio is 1.
+  3. A group whose rewards are all equal is called flat. Its advantages are 0. Without KL, it is
+     left out of the passes, but not of N.
   4. Dr. GRPO's L_max is --trace-tokens, which includes prompt and observations.
 
-Shapes: B traces, T tokens, G group size.
+Shapes: B traces, T tokens.
 """
 import json
 import random
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
 
@@ -37,9 +43,9 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.read import read_questions
 from data.score import exact_match, f1, holds, leaves, normalize, same, words
-from data.world import HELD_OUT, Question, World, make_questions, make_world, mixed
+from data.training import choose_questions
+from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
 from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
 from sft import make_optimizer, micro_batches, optimizer_step, pad, world_seed
@@ -47,11 +53,11 @@ from sft import make_optimizer, micro_batches, optimizer_step, pad, world_seed
 
 @dataclass(frozen=True)
 class Loss:
-    """The settings of a paper, beside its token weight and its ratio."""
+    """What else the papers set. The token weight and the ratio are code below."""
     scale_std: bool      # divide advantages by the group's standard deviation
     clip_low: float      # eps_low
     clip_high: float     # eps_high
-    mask_overlong: bool  # leave truncated traces out of the loss and of N
+    mask_overlong: bool  # leave truncated traces out of J and N, but not of their group's mean
 
 
 LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2, mask_overlong=False),
@@ -68,14 +74,15 @@ class GRPOConfig:
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     data: tuple = option((), "question files to train on; every twentieth question is held out")
     skip_bad: bool = option(False, "skip broken records of these files")
-    steps: int = option(20, "rollouts")
+    steps: int = option(20, "steps; each samples a rollout (questions x group traces) and trains "
+                        "on it")
     questions: int = option(12, "questions per rollout")
     group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "passes over a rollout")
     minibatches: int = option(1, "optimizer steps per pass")
-    lr: float = option(5e-4, "learning rate, falls linearly to 0; 1e-6 for a real checkpoint")
+    lr: float = option(5e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
     clip_norm: float = option(1.0, "maximum norm of the gradient")
-    loss: str = option("dapo", "token weight, ratio and settings", choices=tuple(LOSSES))
+    loss: str = option("dapo", "whose loss, see above", choices=tuple(LOSSES))
     beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
     w_answer: float = option(0.7, "weight of a correct answer in the reward")
     w_consistency: float = option(0.3, "weight of internal consistency in the reward")
@@ -91,8 +98,8 @@ class GRPOConfig:
 
     def __post_init__(self):
         validate(self)
-        # Every right answer must outrank every wrong one. Each part of consistency is in [0, 1],
-        # and grammar is always 1, so two traces differ by at most (1 - 1 / parts).
+        # Every right answer must outrank every wrong one. Consistency is the mean of at most
+        # len(PARTS) numbers in [0, 1]. One of them is always 1, so it is at least 1 / len(PARTS).
         most = self.w_consistency * (1 - 1 / len(PARTS))
         if not self.w_answer * (1 - self.partial) > most:
             raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
@@ -108,10 +115,10 @@ class Evidence:
     """One call as the reward sees it."""
     call: Call
     turn: int             # index of its turn
-    own: set[str]         # the words of its arguments
-    grounded: list[bool]  # for each argument: does it come from the question or an observation?
-    values: list          # the values of its observation; none if the call failed
-    new: list             # of these, the values that are not in its own arguments
+    own: set[str]         # the words of its arguments and of their names
+    grounded: list[bool]  # for each value in the arguments: is it known from an earlier turn?
+    values: list          # the values in its observation; [] if the call failed
+    new: list             # of these, the values that its arguments do not hold
     repeated: bool        # an equal call came before
 
 
@@ -125,23 +132,25 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
         found = []
         for call in turn.calls:
             schemas = properties.get(call.name, {})
-            given = {k: v for k, v in call.arguments.items() if "enum" not in schemas.get(k, {})}
-            grounded = [in_sources(value, sources) for value in leaves(given)]
-            keys = re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False))
-            own = words(*leaves(call.arguments), *keys)
+            # A value that is picked from an enum needs no source.
+            free = {k: v for k, v in call.arguments.items() if "enum" not in schemas.get(k, {})}
+            grounded = [in_sources(value, sources) for value in leaves(free)]
+            names = re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False))
+            own = words(*leaves(call.arguments), *names)
             values = leaves(call.observation) if call.succeeded else []
-            computed = call.name in UTILITIES and all(grounded)  # a result is always new
+            # compare() returns one of its arguments; that it is the largest is new.
+            computed = call.name in UTILITIES and all(grounded)
             new = [value for value in values if computed or not words(value) <= own]
-            same_call = json.dumps([call.name, call.arguments], sort_keys=True)
-            evidence.append(Evidence(call, number, own, grounded, values, new, same_call in seen))
-            seen.add(same_call)
+            signature = json.dumps([call.name, call.arguments], sort_keys=True)
+            evidence.append(Evidence(call, number, own, grounded, values, new, signature in seen))
+            seen.add(signature)
             found += values
         sources = sources + found
     return evidence
 
 
 def in_sources(value: object, sources: list) -> bool:
-    """Whether a value stands in a source. An expression does if all its numbers do."""
+    """Whether a source holds a value. For "3 * (4 + 5)", sources must hold all its numbers."""
     if any(holds(source, value) for source in sources):
         return True
     if re.search(r"[^\W\d_]", str(value)):  # a letter
@@ -151,24 +160,26 @@ def in_sources(value: object, sources: list) -> bool:
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
-    """1, because a trace that breaks the grammar gets no consistency at all."""
+    """1. reward() has returned before this if the trace breaks the grammar."""
     return 1.0
 
 
 def reward_valid(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """1 / (1 + number of refused calls)."""
+    """1 / (1 + number of refused calls). None without a call."""
     refused = [e for e in evidence if e.call.error is not None]
     return 1 / (1 + len(refused)) if evidence else None
 
 
 def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of the arguments that are grounded. Repeated calls don't count."""
+    """Share of the arguments that are grounded. Repeated calls don't count. None without any."""
     grounded = list(chain.from_iterable(e.grounded for e in evidence if not e.repeated))
     return sum(grounded) / len(grounded) if grounded else None
 
 
 def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
-    """1 if the answer stands in an observation but not in its call, or if a utility computed it."""
+    """1 if an observation holds the answer and the arguments of its call don't, or if a utility
+    computed it from grounded arguments; else 0.
+    """
     for e in evidence:
         if e.call.name in UTILITIES:
             if all(e.grounded) and any(same(value, trace.answer) for value in e.values):
@@ -181,16 +192,18 @@ def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
 
 
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of the calls that are of use: a new value is the answer or goes into a later call."""
+    """Share of useful calls. Of a useful call, a new value is the answer or stands in the arguments
+    of a later turn's call. None without a call.
+    """
     useful = 0
     for e in evidence:
         later = []
         for other in evidence:
             if other.turn > e.turn and not other.repeated:
                 later += leaves(other.call.arguments)
-        answers = any(same(value, trace.answer) for value in e.new)
-        goes_on = any(holds(text, value) for text, value in product(later, e.new))
-        if (answers or goes_on) and not e.repeated:
+        is_answer = any(same(value, trace.answer) for value in e.new)
+        is_used = any(holds(text, value) for text, value in product(later, e.new))
+        if (is_answer or is_used) and not e.repeated:
             useful += 1
     return useful / len(evidence) if evidence else None
 
@@ -209,7 +222,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
     applicable = [value for value in parts.values() if value is not None]
     consistency = sum(applicable) / len(applicable)
     em = answer = 0.0
-    if normalize(trace.answer):  # by the official rule "" would equal the gold answer "A"
+    if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
         em = exact_match(trace.answer, golds)
         answer = em or config.partial * f1(trace.answer, golds)
     total = config.w_answer * answer + config.w_consistency * consistency
@@ -222,7 +235,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
 def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
     """rewards (B,), group numbers (B,) -> advantages (B,) in float64.
 
-    If all rewards of a group are equal, the advantage is 0. NaN rewards are ignored.
+    In a flat group, and for a reward that is NaN, the advantage is 0.
     """
     out = torch.zeros(len(rewards), dtype=torch.float64)
     for group in groups.unique():
@@ -236,7 +249,7 @@ def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
 
 
 def set_advantages(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> None:
-    """Set trace.advantage. Every `group` neighbours are one group."""
+    """Set trace.advantage. Each config.group consecutive traces are one group."""
     values = torch.tensor([r["reward"] for r in rewards])
     groups = torch.arange(len(traces)) // config.group
     out = advantages(values, groups, LOSSES[config.loss].scale_std)
@@ -245,13 +258,13 @@ def set_advantages(traces: list[Trace], rewards: list[dict], config: GRPOConfig)
 
 
 def token_weights(lengths: Tensor, loss: str, most_tokens: int) -> Tensor:
-    """Sampled tokens of each trace (B,) -> the weight w_i of each of these tokens (B,)."""
-    lengths = lengths.clamp(min=1)
+    """Number of sampled tokens of each trace (N,) -> w_i (N,). most_tokens: L_max."""
+    N = len(lengths)
     if loss == "dapo":
-        return torch.ones(len(lengths)) / lengths.sum()
+        return torch.ones(N) / lengths.sum().clamp(min=1)
     if loss == "dr_grpo":
-        return torch.ones(len(lengths)) / (len(lengths) * most_tokens)
-    return 1 / (len(lengths) * lengths)
+        return torch.ones(N) / (N * most_tokens)
+    return 1 / (N * lengths.clamp(min=1))
 
 
 def set_weights(traces: list[Trace], config: GRPOConfig) -> None:
@@ -265,28 +278,28 @@ def set_weights(traces: list[Trace], config: GRPOConfig) -> None:
 def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor,
                 mask: Tensor, weight: Tensor, config: GRPOConfig
                 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J over some traces of a step, and sums over tokens to log: KL and clipped ratios.
+    """-J over some traces of a step; and to log, sums over tokens: the KL, the clipped ratios.
 
     logprobs, old, reference and mask are (B, T); advantage and weight are (B,).
     """
     settings = LOSSES[config.loss]
     log_ratio = (logprobs - old) * mask
     if config.loss == "gspo":  # one ratio per trace: the geometric mean over its tokens
-        log_ratio = log_ratio.sum(1) / mask.sum(1).clamp(min=1)                          # (B,)
-        log_ratio = log_ratio[:, None].expand_as(logprobs)                               # (B, T)
-    ratio = log_ratio.exp()                                                     # r_it
-    A = advantage[:, None].to(ratio.dtype)                                      # A_i
+        log_ratio = log_ratio.sum(1) / mask.sum(1).clamp(min=1)  # (B,)
+        log_ratio = log_ratio[:, None].expand_as(logprobs)  # (B, T)
+    ratio = log_ratio.exp()  # r_it
+    A = advantage[:, None].to(ratio.dtype)  # A_i
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     objective = torch.minimum(ratio * A, clipped * A)
     kl = torch.zeros_like(ratio)
     if reference is not None:
-        gap = (reference - logprobs) * mask
-        kl = gap.exp() - gap - 1                                                # k3_it
+        log_q = (reference - logprobs) * mask
+        kl = log_q.exp() - log_q - 1  # k3_it
         objective = objective - config.beta * kl
     stats = {"kl": (kl * mask).sum(),
              "clip_low": (mask & (ratio < 1 - settings.clip_low) & (A < 0)).sum(),
              "clip_high": (mask & (ratio > 1 + settings.clip_high) & (A > 0)).sum()}
-    loss = -(weight[:, None] * mask * objective).sum()                          # -J
+    loss = -(weight[:, None] * mask * objective).sum()  # -J
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -294,16 +307,17 @@ def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advanta
 
 
 class Simulator:
-    """The frozen model of stage 1 as ToolMaker and ToolActor, and the tools of each question."""
+    """The frozen model of stage 1 as ToolMaker, ToolActor and pi_ref, and the tools it made."""
 
-    def __init__(self, folder: Path, config, natural: bool = False, rows: int = 64,
+    def __init__(self, folder: Path, config, long_prompts: bool = False, rows: int = 64,
                  dtype: torch.dtype = torch.float32):
-        """natural: prompts may be as long as a trace, and not only as the miniature's."""
+        """long_prompts: for questions from files, whose prompts are longer than the miniature's."""
         self.config = config
         self.model, self.tokenizer = load(folder, pick_device(), dtype)
         self.model.requires_grad_(False)
-        slots, maker_tokens, actor_tokens = 640, 480, 64
-        if natural:
+        maker_tokens, actor_tokens = 480, 64  # longest replies of the miniature
+        slots = 160 + maker_tokens  # with its longest prompt
+        if long_prompts:
             maker_tokens = actor_tokens = max(480, config.turn_tokens)
             slots = min(self.model.config.max_position_embeddings,
                         config.trace_tokens + maker_tokens)
@@ -318,16 +332,16 @@ class Simulator:
         for i in tqdm(range(0, len(todo), 64), desc="tools", disable=len(todo) <= 64):
             part = todo[i:i + 64]
             boxes = self.maker.make([q.text for q in part], (self.config.seed,))
-            self.boxes |= zip([q.id for q in part], boxes, strict=True)
+            self.boxes.update(zip([q.id for q in part], boxes, strict=True))
 
     def agent(self, model: Transformer, rows: int, temperature: float) -> AutoAgent:
-        """AutoAgent over the policy, for `rows` traces at once."""
+        """AutoAgent over the policy itself, so it samples with the newest weights."""
         c = self.config
-        sampler = Sampler(model, self.tokenizer, rows, c.trace_tokens + 8)
+        sampler = Sampler(model, self.tokenizer, rows, c.trace_tokens)
         return AutoAgent(sampler, c.max_turns, c.turn_tokens, c.trace_tokens, temperature)
 
     def traces(self, questions: list[Question], group: int, *key) -> list[Trace]:
-        """`group` new traces for each question, with the tools of that question."""
+        """`group` new traces for each question. `key`, such as the step, seeds their sampling."""
         traces = []
         for q, sample in product(questions, range(group)):
             own_key = (self.config.seed, *key, q.id, sample)
@@ -353,6 +367,7 @@ def score_heldout(simulator: Simulator, agent: AutoAgent, questions: list[Questi
         measures = [measure(t, q.golds) for t, q in zip(traces, questions, strict=True)]
         row[name] = float(np.mean([m["em"] for m in measures]))
     agent.temperature = before
+    # The second pass, the sampled one, has left its measures and traces.
     row["by_set"] = by_set([m["em"] for m in measures], questions)
     return row | means(measures), traces
 
@@ -366,7 +381,7 @@ def by_set(scores: list[float], questions: list[Question]) -> dict[str, float]:
 
 
 def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str, float]:
-    """The scores of one trace. A trace without an answer is scored as an empty answer."""
+    """The scores of one trace. No answer is scored as an empty answer. rule: see data.score.f1."""
     answered = trace.status == "answered"
     answer = trace.answer if answered else ""
     valid = [call for call in trace.calls if call.error is None]
@@ -400,7 +415,7 @@ def trace_logprobs(model: Transformer, traces: list[Trace], config: GRPOConfig
 
 
 @torch.no_grad()
-def score_frozen(model: Transformer, traces: list[Trace], name: str, config: GRPOConfig) -> None:
+def store_logprobs(model: Transformer, traces: list[Trace], name: str, config: GRPOConfig) -> None:
     """Set trace.old or trace.reference to the log-probabilities under the model."""
     for part in micro_batches(traces, config.micro_tokens):
         logprobs, _, _ = trace_logprobs(model, part, config)
@@ -410,23 +425,24 @@ def score_frozen(model: Transformer, traces: list[Trace], name: str, config: GRP
 
 def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer,
            traces: list[Trace], config: GRPOConfig, lr: float) -> dict[str, float]:
-    """The optimizer steps of one rollout -> what to log, as means over the trained tokens."""
+    """The optimizer steps of one rollout -> what to log: losses, norms, means per sampled token."""
     overlong = LOSSES[config.loss].mask_overlong
+    # counted: traces that count in the weights; learned: those of them that have a gradient.
     counted = [t for t in traces if not (overlong and t.status == "truncated")]
     learned = [t for t in counted if t.advantage != 0 or config.beta > 0]
     if config.epochs * config.minibatches > 1:
-        score_frozen(model, learned, "old", config)
+        store_logprobs(model, learned, "old", config)
     if config.beta > 0:
-        score_frozen(reference, learned, "reference", config)
+        store_logprobs(reference, learned, "reference", config)
 
     sums: dict[str, float] = defaultdict(float)
     norms = []
-    shuffle = random.Random(f"{config.seed} {lr}")
+    shuffle = random.Random(f"{config.seed} {lr}")  # each step has its own lr
     for _ in range(config.epochs):
         order = shuffle.sample(counted, len(counted)) if config.minibatches > 1 else counted
         for indices in np.array_split(np.arange(len(order)), config.minibatches):
             minibatch = [order[i] for i in indices]
-            set_weights(minibatch, config)  # flat groups count, too
+            set_weights(minibatch, config)
             batch = [t for t in minibatch if t.advantage != 0 or config.beta > 0]
             for part in micro_batches(batch, config.micro_tokens):
                 add_gradient(model, part, config, sums)
@@ -437,7 +453,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
     log = {name: sums[name] / tokens for name in ("kl", "clip_low", "clip_high", "entropy")}
     log |= {"loss": sums["loss"] / max(1, len(norms)), "trained": sums["trained"],
             "updates": len(norms), "grad_norm": float(np.mean(norms)) if norms else 0.0}
-    if learned:  # the gap between the log-probabilities of sampler and trainer
+    if learned:  # how much the log-probabilities of sampler and trainer differ
         gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in learned]
         gap = np.abs(np.concatenate(gaps))
         log |= {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
@@ -448,7 +464,7 @@ def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
                  sums: dict[str, float]) -> None:
     """Add the gradient of -J over one micro-batch, and what to log to `sums`."""
     logprobs, entropy, mask = trace_logprobs(model, part, config)  # (B, T)
-    if config.epochs * config.minibatches == 1:  # the only pass: pi_old is the current policy
+    if config.epochs * config.minibatches == 1:  # before the only step, pi is pi_old
         for trace, row in zip(part, logprobs.tolist(), strict=True):
             trace.old = row[:len(trace.ids)]
     like = {"device": logprobs.device, "dtype": logprobs.dtype}
@@ -461,7 +477,7 @@ def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
     stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
     for name, value in stats.items():
         sums[name] += float(value)
-    sums["trained"] += sum(len(t.ids) for t in part)
+    sums["trained"] += sum(len(t.ids) for t in part)  # all tokens of the pass
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -495,10 +511,11 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
     optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
-                      more=lambda: {"memo": list(actor.memo.items())})
+                      more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
                initial=run.state["step"])
     for step in bar:
+        # Roll out, reward, advantage.
         start = time.perf_counter()
         asked, remembered = actor.asked, actor.remembered
         traces = simulator.traces(plan[step], config.group, step)
@@ -506,15 +523,18 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         golds = [plan[step][i // config.group].golds for i in range(len(traces))]
         rewards = [reward(t, gold, config) for t, gold in zip(traces, golds, strict=True)]
         set_advantages(traces, rewards, config)
+        # Update.
         middle = time.perf_counter()
         lr = config.lr * (1 - step / config.steps)
         log = update(model, simulator.model, optimizer, traces, config, lr)
         end = time.perf_counter()
 
+        # Log, evaluate.
         row = {"step": step, "lr": lr, **summary(traces, rewards, config), **log}
         row["memo_hits"] = (actor.remembered - remembered) / max(1, actor.asked - asked)
         row["time_sample"] = middle - start
         row["time_train"] = end - middle
+        # Sampled tokens per second, and tokens per second of the trainer's passes.
         row["time_sample_rate"] = sum(sum(t.mask) for t in traces) / (middle - start)
         row["time_train_rate"] = row.pop("trained") / (end - middle)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -524,54 +544,27 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
             run.save_traces(step, answered)
         run.log({name: row.get(name, "") for name in GRPO_COLUMNS})
         if not log["updates"]:
-            bar.write(f"step {step}: all groups are flat (equal rewards), so no optimizer step")
-        if log.get("gap_mean", 0) > 0.05:
+            bar.write(f"step {step}: no trace has a gradient (all groups are flat or truncated)")
+        if log.get("gap_mean", 0) > 0.05:  # rounding makes about 1e-4; more means a bug
             bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
 
 
-def choose_questions(config: GRPOConfig, world: World
-                     ) -> tuple[list[list[Question]], list[Question]]:
-    """The questions of each step, and the held-out questions."""
-    rng = random.Random(f"grpo {config.seed}")
-    if config.data:
-        items = []
-        for number, file in enumerate(config.data):
-            for item in read_questions(file, config.skip_bad)[0]:
-                items.append(replace(item, id=f"{number} {item.id}"))
-        if len(items) < 20:
-            raise InputError(f"data: {len(items)} questions; at least 20 are needed, because every "
-                             "twentieth is held out")
-        pool = [item for i, item in enumerate(items) if i % 20 < 19]
-        held_out = items[19::20][:100]
-        rng.shuffle(pool)
-    else:
-        questions = make_questions(world)
-        train = [q for q in questions if q.set == "train"]
-        pool = mixed(train, config.steps * config.questions, rng)
-        held_out = [q for q in questions if q.set in HELD_OUT][::4]
-    plan = []
-    for step in range(config.steps):
-        first = step * config.questions
-        plan.append([pool[(first + i) % len(pool)] for i in range(config.questions)])
-    return plan, held_out
-
-
 def train_grpo(config: GRPOConfig) -> None:
     """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
     set_up(config)
-    before = Path(config.out) / "sft"
-    if not (before / "model" / "config.json").exists():
-        raise InputError(f"out: no trained model in {before / 'model'}; run sft.py first")
+    start = Path(config.out) / "sft" / "model"
+    if not (start / "config.json").exists():
+        raise InputError(f"out: no trained model in {start}; run sft.py first")
     world = make_world(world_seed(config.out))
     plan, held_out = choose_questions(config, world)
-    simulator = Simulator(before / "model", config, natural=bool(config.data))
-    run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS, (before / "model", *config.data))
+    simulator = Simulator(start, config, long_prompts=bool(config.data))
+    run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS, (start, *config.data))
     if run.finished:
         return
     simulator.actor.memo.update(run.state.get("memo", []))
-    model, _ = load(before / "model", pick_device())
+    model, _ = load(start, pick_device())
     with world.sealed():  # any look-up of a fact raises
         simulator.make_tools([*held_out, *chain(*plan)])
         loop(simulator, model, plan, held_out, run)

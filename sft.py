@@ -1,10 +1,10 @@
 """Stage 1: loss-masked supervised fine-tuning on ReAct traces, for all three roles at once.
 
-    loss = - mean over the tokens that the role generates of log p(token | all tokens before it)
+    loss = - mean of log p(token | all tokens before it), over the tokens that the role generates
 
-All other tokens have mask 0: the system turn, tools, question, observations and role headers.
+The mean is taken per role, then over the three roles. All other tokens have mask 0: the system
+turn, tools, question, observations and headers.
 """
-import json
 import math
 import random
 import time
@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
-from data import InputError, read_file, read_json
-from data.tokenizer import train_tokenizer
+from data import read_json
+from data.tokenizer import Tokenizer, train_tokenizer
+from data.training import ROLES, read_traces
 from data.world import make_world, teach
-from model import ModelConfig, Tokenizer, Transformer, load, token_logprobs
+from model import ModelConfig, Transformer, load, token_logprobs
 from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
 
 # Shapes of a model that starts from random weights.
@@ -30,7 +31,7 @@ MINIATURE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 
              "num_attention_heads": 3, "num_key_value_heads": 1}
 TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
        "num_attention_heads": 2, "num_key_value_heads": 1}
-VOCABULARY = 1280  # the largest number of ids in its tokenizer
+VOCABULARY = 1280  # most ids in the tokenizer of such a model
 
 
 @dataclass
@@ -41,20 +42,22 @@ class SFTConfig:
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
-    traces: str = option("", "file from mtr.py traces, in place of the fictional teacher")
-    worlds: int = option(20, "imagined worlds; each gives 300 conversations per role")
+    traces: str = option("", "file from mtr.py traces, in place of the scripted teacher")
+    worlds: int = option(20, "worlds with the same names and other facts; each gives 300 "
+                         "conversations of AutoAgent and 300 of ToolMaker")
     steps: int = option(1300, "optimizer steps")
-    agent_tokens: int = option(1200, "tokens per step of AutoAgent conversations, with padding")
-    maker_tokens: int = option(900, "tokens per step of ToolMaker conversations, with padding")
-    actor_tokens: int = option(600, "tokens per step of ToolActor conversations, with padding")
+    agent_tokens: int = option(1200, "size of AutoAgent's batch in a step, in tokens with padding")
+    maker_tokens: int = option(900, "size of ToolMaker's batch in a step, in tokens with padding")
+    actor_tokens: int = option(600, "size of ToolActor's batch in a step, in tokens with padding")
     piece: int = option(24, "at first, conversations are cut into pieces of this many tokens, "
-                        "AutoAgent's into pieces four times as long", least=2)
-    piece_steps: int = option(150, "steps until the pieces get four times as long")
-    lr: float = option(1.5e-3, "peak learning rate; 1e-5 for a real checkpoint")
+                        "AutoAgent's into pieces of four times as many", least=2)
+    piece_steps: int = option(150, "after each so many steps, pieces get four times as long, until "
+                              "they are whole conversations")
+    lr: float = option(1.5e-3, "peak learning rate; with --model use about 1e-5")
     warmup: int = option(100, "steps of linear warm-up; then a cosine falls to 5 %", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay, for matrices only", least=0)
     clip_norm: float = option(1.0, "maximum norm of the gradient")
-    continued_steps: int = option(560, "steps of the control that continues SFT")
+    continued_steps: int = option(560, "steps of mtr.py's control: more SFT in place of GRPO")
     eval_every: int = option(300, "steps between two evaluations of the held-out loss")
     save_every: int = option(150, "steps between two checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint in OUT/sft, if there is one")
@@ -99,12 +102,12 @@ def pad(rows: list[list], device: str, dtype: torch.dtype | None = None) -> Tens
 
     T is a multiple of 32, because oneDNN compiles and keeps kernels for each new shape.
     """
-    T = -(-max(map(len, rows)) // 32) * 32
+    T = math.ceil(max(map(len, rows)) / 32) * 32
     return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device, dtype=dtype)
 
 
 def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
-    """Batches of traces of similar length, each of at most `tokens` tokens with padding."""
+    """Batches of similar length, each of at most `tokens` tokens if padded to its longest trace."""
     made: list[list[Trace]] = []
     for trace in sorted(traces, key=lambda trace: len(trace.ids)):
         if not made or len(trace.ids) * (len(made[-1]) + 1) > tokens:
@@ -115,46 +118,51 @@ def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
 
 # ------------------------------------------------------------------------ conversations to traces
 
-ROLES = ("agent", "maker", "actor")
-Turns = list[tuple[list[str], list[str]]]  # for each turn: pieces it generates, pieces it receives
+# A recorded conversation is a dict with a "role" and, by role, these keys (see data/world.py):
+#   agent   question, kind, tools, turns: each with thought, and calls and observations, or answer
+#   maker   question, rejected, thought, kind, tools
+#   actor   tool, exchanges: pairs of arguments and result. Many calls share one tool definition,
+#           to save tokens. In a rollout, a ToolActor conversation has one call.
+Turns = list[tuple[list[str], list[str]]]  # per turn: what the role generates, what it receives
 
 
 def split_conversation(record: dict) -> tuple[list[str], Turns]:
-    """A recorded conversation -> its prompt, and for each turn what the role generates and gets."""
+    """A recorded conversation -> its prompt and its turns."""
     if record["role"] == "agent":
         return _agent_conversation(record)
     if record["role"] == "maker":
         tools = [Tool(**tool) for tool in record["tools"]]
         reply = ToolMaker.reply(record["thought"], record["kind"], tools)
         return ToolMaker.prompt(record["question"], record["rejected"]), [([reply], [])]
-    exchanges = record["exchanges"]
-    turns = []
-    for i, (_, result) in enumerate(exchanges):
-        received = []
-        if i + 1 < len(exchanges):
-            arguments = agents.dumps(exchanges[i + 1][0])
-            received = ["\n", *agents.chat_turn("user", arguments), *agents.GENERATE]
-        turns.append(([agents.result_text(result)], received))
-    return ToolActor.prompt(Tool(**record["tool"]).definition, exchanges[0][0]), turns
+    all_arguments, results = zip(*record["exchanges"], strict=True)
+    received = []
+    for arguments in all_arguments[1:]:
+        call = agents.chat_turn("user", agents.dumps(arguments))
+        received.append(["\n", *call, *agents.GENERATE])
+    generated = [[agents.result_text(result)] for result in results]
+    prompt = ToolActor.prompt(Tool(**record["tool"]).definition, all_arguments[0])
+    return prompt, list(zip(generated, [*received, []], strict=True))
 
 
 def _agent_conversation(record: dict) -> tuple[list[str], Turns]:
+    """split_conversation for AutoAgent."""
     tools = [Tool(**tool) for tool in record["tools"]]
     tools += [agents.UTILITIES[name] for name in agents.KINDS[record["kind"]]]
     turns = []
     for turn in record["turns"]:
         thought = f"<think>{turn['thought']}</think>"
         if "answer" in turn:
+            # After a space, a name is one token, the same as in an observation.
             turns.append(([f"{thought}\n<answer> {turn['answer']}</answer>"], []))
         else:
             results = [agents.result_text(observation) for observation in turn["observations"]]
-            turns.append((agents.assistant_content(thought, turn["calls"]),
-                          ["\n", *agents.results_turn(results), *agents.GENERATE]))
+            received = ["\n", *agents.results_turn(results), *agents.GENERATE]
+            turns.append((agents.assistant_content(thought, turn["calls"]), received))
     return AutoAgent.prompt(record["question"], tools), turns
 
 
 def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
-    """A recorded conversation -> the Trace of a rollout of the same text: same ids, same mask."""
+    """A recorded conversation -> the Trace that a rollout of this text gives: same ids and mask."""
     prompt, turns = split_conversation(record)
     trace = Trace(record.get("question", ""))
     trace.hear(tokenizer.encode(prompt))
@@ -169,47 +177,21 @@ def to_traces(records: dict[str, list[dict]], tokenizer: Tokenizer) -> dict[str,
     return {role: [to_trace(r, tokenizer) for r in part] for role, part in records.items()}
 
 
-def read_traces(path: str) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """Conversations from mtr.py traces, by role: for training, and for the held-out loss.
-
-    Every twentieth question is held out. A conversation that several traces share counts once.
-    """
-    records: dict[str, dict[str, dict]] = {role: {} for role in ROLES}
-    lines = read_file(path).decode("utf-8", "replace").strip().split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            for record in json.loads(line)["conversations"]:  # empty if the trace was not kept
-                split_conversation(record)  # raises if a part is missing
-                records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: line {number} was not written by mtr.py traces "
-                             f"({type(error).__name__}: {error})") from None
-    if not records["agent"]:
-        raise InputError(f"{path}: none of its {len(lines)} traces was kept, so nothing to learn")
-    asked = list(dict.fromkeys(record["question"] for record in records["agent"].values()))
-    held_out = set(asked[19::20])
-    train: dict[str, list[dict]] = {role: [] for role in ROLES}
-    valid: dict[str, list[dict]] = {"agent": [], "maker": []}
-    for role in ROLES:
-        for record in records[role].values():
-            part = valid if record.get("question") in held_out else train
-            part[role].append(record)
-    return train, valid
-
-
 # --------------------------------------------------------------------------- batches and curriculum
 
 
 def cut(traces: list[Trace], tokens: int, enough: int) -> list[Trace]:
-    """Pieces of at most `tokens` tokens that end in a generated turn, `enough` tokens in all.
+    """Cut traces into pieces of at most `tokens` tokens, until the pieces hold `enough` tokens.
 
-    Random weights learn fast over a few dozen tokens, and slowly over hundreds, that names are
-    copied and where they stand (sequence-length warm-up, Li et al. 2021).
+    A piece ends with a generated token. A model with random weights must first learn to copy names.
+    It learns this fast on a few dozen tokens, slowly on hundreds (sequence-length warm-up, Li et
+    al. 2021).
     """
     made, total = [], 0
     for trace in traces:
         for begin, end in spans_of_ones(trace.mask):
-            for stop in range(end, begin, -(tokens // 2)):  # pieces of a long turn overlap by half
+            # From the end of the turn backwards. Pieces of a long turn overlap by half.
+            for stop in range(end, begin, -(tokens // 2)):
                 start = max(0, stop - tokens)
                 mask = [0] + trace.mask[start + 1:stop]  # the first token has no context
                 made.append(Trace(ids=trace.ids[start:stop], mask=mask))
@@ -235,13 +217,13 @@ def batches(traces: list[Trace], tokens: int, rng: random.Random) -> Iterator[li
     while True:
         order = rng.sample(traces, len(traces))
         made = []
-        for i in range(0, len(order), 64):
+        for i in range(0, len(order), 64):  # only 64 are sorted by length, so batches stay random
             made += micro_batches(order[i:i + 64], tokens)
         yield from rng.sample(made, len(made))
 
 
 def curriculum(data: dict[str, list[Trace]], config: SFTConfig) -> Iterator[list[list[Trace]]]:
-    """The batches of each step, one per role: first of short pieces, at last of whole traces."""
+    """For each step, one batch per role: at first of short pieces, in the end of whole traces."""
     rng = random.Random(f"batches {config.seed}")
     length = config.piece
     while True:
@@ -257,7 +239,8 @@ def curriculum(data: dict[str, list[Trace]], config: SFTConfig) -> Iterator[list
                 traces = cut(order, piece, tokens * config.piece_steps)
                 whole = False
             streams.append(batches(traces, tokens, rng))
-        for _ in count() if whole else range(config.piece_steps):
+        steps = count() if whole else range(config.piece_steps)  # count() never ends
+        for _ in steps:
             yield [next(stream) for stream in streams]
         length *= 4
 
@@ -308,7 +291,7 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
     device, steps = str(model.device), config.steps
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     roles = [role for role in ROLES if data[role]]
-    first = run.state["step"]
+    first = run.state["step"]  # above 0 if the run is resumed: its batches are skipped below
     bar = tqdm(run.steps(steps, model, tokenizer, optimizer), desc="sft", unit="step",
                mininterval=1, total=steps, initial=first)
     for step, parts in zip(bar, islice(curriculum(data, config), first, None), strict=False):
@@ -323,7 +306,8 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
             row[f"loss_{role}"] = loss
         if step % config.eval_every == 0 or step == steps - 1:
             for role, traces in valid.items():
-                if traces:  # without a gradient, twice as many tokens fit
+                if traces:
+                    # Without a gradient, twice as many tokens fit.
                     loss = held_out_loss(model, traces, device, 2 * config.agent_tokens)
                     row[f"heldout_{role}"] = loss
         run.log(row)
@@ -333,13 +317,13 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
 
 def new_miniature(config: SFTConfig, records: dict[str, list[dict]], run: Run
                   ) -> tuple[Transformer, Tokenizer]:
-    """A model with random weights and a tokenizer that is trained on the conversations."""
-    if run.checkpoint:
+    """A small model with random weights, and a tokenizer that is trained on the conversations."""
+    if run.checkpoint:  # resumed: the tokenizer exists, and Run.steps loads the weights
         tokenizer = Tokenizer(run.checkpoint)
     else:
         texts = []
         for role in ROLES:
-            for record in records[role][:1500]:
+            for record in records[role][:1500]:  # enough to train a tokenizer
                 prompt, turns = split_conversation(record)
                 texts.append("".join(prompt))
                 for generated, received in turns:
@@ -366,7 +350,7 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
     folder = Path(config.out) / "sft"
     source = Path(config.model) if config.model else None
     seed = config.seed
-    if continued:  # the same conversations in other batches, warmed up again to half the rate
+    if continued:  # the same conversations in other batches, with half the learning rate
         source = folder / "model"
         folder = folder.with_name("sft_continued")
         seed += 1000
@@ -375,7 +359,7 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
         model, tokenizer = load(source, pick_device())
     if config.traces:
         print("reading the conversations", flush=True)
-        records, valid = read_traces(config.traces)
+        records, valid = read_traces(config.traces, split_conversation)
     else:
         print("making the world and its teacher's conversations", flush=True)
         records, valid = teach(config.seed, config.worlds)
@@ -383,12 +367,12 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
     run = Run(folder, config, SFT_COLUMNS, sources)
     if run.finished:
         return
-    if source:  # a trained model can copy, so no curriculum of pieces
+    if source:  # a trained model can copy already: pieces longer than any trace are whole traces
         config = replace(config, piece=1_000_000)
     else:
         model, tokenizer = new_miniature(config, records, run)
-    fit(model, tokenizer, to_traces(records, tokenizer), to_traces(valid, tokenizer),
-        replace(config, seed=seed), run)
+    config = replace(config, seed=seed)  # from here on, the seed of the batches
+    fit(model, tokenizer, to_traces(records, tokenizer), to_traces(valid, tokenizer), config, run)
     run.save(model, tokenizer)
 
 

@@ -1,9 +1,76 @@
-"""Train the tokenizer of a small model. Real checkpoints bring their own."""
+"""Text to token ids and back; and the tokenizer of a small model, trained on its texts."""
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
 from tokenizers import pre_tokenizers, trainers
+
+from data import InputError, read_file, read_json
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer.json. It encodes lists of strings.
+
+    A plain `str` is text. A subclass of `str` is one control token. Text can never encode to a
+    control token.
+    """
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        content = read_file(path)
+        try:
+            self.full = tokenizers.Tokenizer.from_buffer(content)
+            added = self.full.get_added_tokens_decoder().items()
+            self.control = {token.content: i for i, token in added}
+            self.end = self.control["<|im_end|>"]
+        except Exception as error:  # the library raises bare Exception
+            reason = f"not a tokenizer with Qwen2.5's control tokens ({error})"
+            raise InputError(f"{path}: {reason}") from None
+        plain = tokenizers.Tokenizer(self.full.model)  # the same vocabulary without added tokens
+        plain.normalizer = self.full.normalizer
+        plain.pre_tokenizer = self.full.pre_tokenizer
+        self.plain_ids = lru_cache(2000)(lambda text: plain.encode(text).ids)
+        self.size = self.full.get_vocab_size()
+        self.files = {"tokenizer.json": content}  # saved again byte for byte
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            if (folder / name).exists():
+                self.files[name] = read_file(folder / name)
+        self.stop_ids = {self.end, *_stop_ids(folder / "generation_config.json")}
+
+    def encode(self, pieces: list[str]) -> list[int]:
+        """Pieces -> ids. Adjacent texts are joined first: BPE may merge across their border."""
+        ids, text = [], ""
+        for piece in pieces:
+            if type(piece) is str:
+                text += piece
+            else:
+                ids += self._encode_text(text)
+                ids.append(self.control[piece])
+                text = ""
+        return ids + self._encode_text(text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        # JSON such as "\ud800" gives half a character. The encoder would raise, so it becomes "?".
+        return self.plain_ids(text.encode("utf-8", "replace").decode()) if text else []
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, with control tokens spelled out."""
+        return self.full.decode(ids, skip_special_tokens=False)
+
+
+def _stop_ids(path: Path) -> list[int]:
+    """eos_token_id of generation_config.json. A base checkpoint's lacks <|im_end|>; we add it."""
+    stops = read_json(path).get("eos_token_id", []) if path.exists() else []
+    stops = stops if isinstance(stops, list) else [stops]
+    for stop in stops:
+        if type(stop) is not int:
+            raise InputError(f"{path}: eos_token_id should hold ids, found {stop!r}")
+    return stops
+
+
+# -------------------------------------------------------------------------------------- training
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 # Qwen2.5's pre-split, with one departure: a space before a capital letter stands alone. So a name

@@ -196,8 +196,7 @@ def _check_strict(schema: dict) -> None:
         if isinstance(node, list):
             todo += node
         elif isinstance(node, dict):
-            kinds = node.get("type")
-            kinds = kinds if isinstance(kinds, list) else [kinds]
+            kinds = node.get("type") or ""  # a string or a list
             if "properties" in node or "object" in kinds:
                 if node.get("additionalProperties") is not False:
                     raise Rejected("strict, but an object is open")

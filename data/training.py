@@ -1,0 +1,94 @@
+"""What the stages train on: kept traces of a teacher, and the questions of each rollout."""
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from data import InputError, read_file
+from data.read import read_questions
+from data.world import HELD_OUT, World, make_questions, mixed
+
+ROLES = ("agent", "maker", "actor")
+
+
+def read_traces(path: str, check: Callable[[dict], object]) -> tuple[dict, dict]:
+    """The conversations of a file from mtr.py traces -> {role: records} for training, and for the
+    held-out loss. check(record) raises if a part is missing.
+
+    Every twentieth question is held out. Equal conversations of different traces count once.
+    """
+    records: dict[str, dict[str, dict]] = {role: {} for role in ROLES}
+    lines = read_file(path).decode("utf-8", "replace").strip().split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            for record in json.loads(line)["conversations"]:  # none if the trace was not kept
+                check(record)
+                records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: line {number} was not written by mtr.py traces "
+                             f"({type(error).__name__}: {error})") from None
+    if not records["agent"]:
+        raise InputError(f"{path}: none of its traces was kept, so there is nothing to learn")
+    asked = list(dict.fromkeys(record["question"] for record in records["agent"].values()))
+    held_out = set(asked[19::20])
+    train: dict[str, list[dict]] = {role: [] for role in ROLES}
+    valid: dict[str, list[dict]] = {"agent": [], "maker": []}
+    for role in ROLES:
+        for record in records[role].values():  # those of the ToolActor have no question
+            part = valid if record.get("question") in held_out else train
+            part[role].append(record)
+    return train, valid
+
+
+def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
+    """{(question, sample): why it was not kept}, of a file from mtr.py traces with these settings.
+
+    The first line of the file holds the settings. A last line that a kill cut off is removed.
+    """
+    if not path.exists():
+        path.write_text(json.dumps({"settings": settings, "conversations": []}) + "\n")
+    text = path.read_bytes()
+    whole = text[:text.rfind(b"\n") + 1]
+    try:
+        first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        done = {(line["id"], line["sample"]): line["why"] for line in lines}
+        found = first["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: was not written by this command; choose another --out") from None
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise InputError(f"{path}: was begun with {name} {found.get(name)!r}, not {value!r}; "
+                             "choose another --out")
+    if whole != text:
+        path.write_bytes(whole)
+    return done
+
+
+def choose_questions(config, world: World) -> tuple[list[list], list]:
+    """The questions of each step of stage 2, and the held-out questions (config: a GRPOConfig).
+
+    They are Items of the files in config.data, or else Questions of the world.
+    """
+    rng = random.Random(f"grpo {config.seed}")
+    if config.data:
+        items = []
+        for number, file in enumerate(config.data):
+            for item in read_questions(file, config.skip_bad)[0]:
+                items.append(replace(item, id=f"{number} {item.id}"))  # unique over all files
+        if len(items) < 20:
+            raise InputError(f"data: {len(items)} questions; at least 20 are needed, because every "
+                             "twentieth is held out")
+        pool = [item for i, item in enumerate(items) if i % 20 < 19]
+        held_out = items[19::20][:100]
+        rng.shuffle(pool)
+    else:
+        questions = make_questions(world)
+        train = [q for q in questions if q.set == "train"]
+        pool = mixed(train, config.steps * config.questions, rng)  # all forms in equal shares
+        held_out = [q for q in questions if q.set in HELD_OUT][::4]  # a quarter, to save time
+    plan = []
+    for step in range(config.steps):
+        first = step * config.questions
+        plan.append([pool[(first + i) % len(pool)] for i in range(config.questions)])
+    return plan, held_out
