@@ -34,7 +34,7 @@ from data.schema import (
 
 
 class Control(str):
-    """A control token. model.Tokenizer encodes it to its one id, and a plain str never to that."""
+    """A control token. Tokenizer.encode gives its one id, which a plain str can never give."""
 
 
 IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
@@ -135,8 +135,8 @@ MAX_TOOLS = 8
 def check_tools(tools: list[dict]) -> list[Tool]:
     """Turn the ToolMaker's JSON into tools. Raises Rejected with the rule that is broken.
 
-    Checked: exactly four parts; a name of 1 to 64 letters, digits, _ or -, used once; a
-    description; both schemas (see data/schema.py). Not checked: whether the tool is useful.
+    Checked: exactly four parts; a name of 1 to 64 letters, digits, _ or -, that no other tool and
+    no utility tool has; a description; both schemas (see data/schema.py). Not checked: any use.
     """
     if not 1 <= len(tools) <= MAX_TOOLS:
         raise Rejected(f"not 1 to {MAX_TOOLS} tools" if tools else "no tools")
@@ -187,8 +187,8 @@ class Turn:
     error: str | None = None  # how the turn breaks the grammar
 
 
-# Any text, even a hostile one, takes linear time: each .*? stops at the first closing tag, and
-# CALLS is applied only up to the last closing tag.
+# Any text takes linear time, even many opening tags without a closing one: parse_turn applies CALLS
+# only up to the last closing tag, and matches the other two once, from the start.
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
@@ -312,7 +312,9 @@ def uniforms(key: tuple, start: int, n: int) -> np.ndarray:
     """Uniform numbers (n,) for the tokens from position start, decided by key and position."""
     seed = [zlib.crc32(repr(part).encode()) for part in key]
     numbers = np.random.default_rng(seed).random(start + n, dtype=np.float32)[start:]
-    return np.minimum(numbers, 1 - 1e-6)  # so rounding in model.draw never reaches the last sum
+    # model.draw multiplies them by the sum of all probabilities. If a product were rounded up to this
+    # sum, the last id of the vocabulary would be drawn, whatever its probability.
+    return np.minimum(numbers, 1 - 1e-6)
 
 
 def printable(line: str) -> str:

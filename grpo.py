@@ -57,7 +57,7 @@ class Loss:
     scale_std: bool      # divide advantages by the group's standard deviation
     clip_low: float      # eps_low
     clip_high: float     # eps_high
-    mask_overlong: bool  # leave truncated traces out of J and N, but not of their group's mean
+    mask_overlong: bool  # leave truncated traces out of J and w, but not of their group's mean
 
 
 LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2, mask_overlong=False),
@@ -160,7 +160,7 @@ def in_sources(value: object, sources: list) -> bool:
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
-    """1. reward() has returned before this if the trace breaks the grammar."""
+    """Always 1, because reward() returns early for a trace that breaks the grammar."""
     return 1.0
 
 
@@ -192,8 +192,8 @@ def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
 
 
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of useful calls. Of a useful call, a new value is the answer or stands in the arguments
-    of a later turn's call. None without a call.
+    """Share of useful calls. None without a call. A call is useful if it repeats no earlier call, and
+    one of its new values is the answer or stands in the arguments of a later turn's new call.
     """
     useful = 0
     for e in evidence:
@@ -381,7 +381,9 @@ def by_set(scores: list[float], questions: list[Question]) -> dict[str, float]:
 
 
 def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str, float]:
-    """The scores of one trace. No answer is scored as an empty answer. rule: see data.score.f1."""
+    """The scores of one trace by the official rules (rule: see data.score.f1). A trace without an
+    answer is scored as if its answer were empty.
+    """
     answered = trace.status == "answered"
     answer = trace.answer if answered else ""
     valid = [call for call in trace.calls if call.error is None]
@@ -545,7 +547,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         run.log({name: row.get(name, "") for name in GRPO_COLUMNS})
         if not log["updates"]:
             bar.write(f"step {step}: no trace has a gradient (all groups are flat or truncated)")
-        if log.get("gap_mean", 0) > 0.05:  # rounding makes about 1e-4; more means a bug
+        if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)

@@ -310,8 +310,8 @@ class KVCache:
         self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.groups = c.num_attention_heads // c.num_key_value_heads  # query heads per kv-head
-        # No row of a pass is longer. This is kept on the host, because reading length would make
-        # the host wait for the device.
+        # Upper bound of length over the rows of the current pass. It is kept on the host, because
+        # reading length would make the host wait for the device.
         self.longest = 0
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -533,6 +533,7 @@ class Sampler:
         """Swap the contents and the conversations of cache rows a[i] and b[i]."""
         if not a:
             return
+        # move() copies `longest` slots, and rows outside of the pass may be longer.
         filled = max(self.rows[row].filled for row in a + b)
         self.cache.longest = max(self.cache.longest, filled)
         device = self.model.device
@@ -616,7 +617,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an older model
     weights = {name: w.detach().contiguous().cpu() for name, w in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    pad = min(tokenizer.stop_ids)  # <|endoftext|>; its id is below that of <|im_end|>
+    pad = min(tokenizer.stop_ids)  # in Qwen2.5 <|endoftext|>
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
               "torch_dtype": str(model.dtype).removeprefix("torch."), "use_sliding_window": False,
               "attention_dropout": 0.0, "eos_token_id": tokenizer.end, "pad_token_id": pad,

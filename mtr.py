@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import evaluate
-from agents import AutoAgent, Trace, Turn, run_episodes
+from agents import AutoAgent, Trace, run_episodes
 from data import InputError
 from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, load_tools, open_models
 from grpo import GRPOConfig, train_grpo
@@ -79,9 +79,9 @@ def run_all(config: RunConfig) -> None:
                          "another --out")
     seconds = {}  # of this process; after --resume, finished stages take none
 
-    def timed(stage: str, function, *args, **options):
+    def timed(stage: str, function, *args, **more):
         start = time.perf_counter()
-        result = function(*args, **options)
+        result = function(*args, **more)
         seconds[stage] = round(time.perf_counter() - start, 1)
         return result
 
@@ -117,7 +117,7 @@ def ask(config: AskConfig) -> None:
     agent = simulator.agent(policy, 1, config.temperature)
     tokens = len(simulator.tokenizer.encode(AutoAgent.prompt(question, tools)))
     if tokens >= agent.trace_tokens:
-        raise InputError(f"question: {tokens} tokens with its tools, but there is room for "
+        raise InputError(f"question: its prompt has {tokens} tokens, but there is room for "
                          f"{agent.trace_tokens} per trace")
     if not tools:
         box = simulator.maker.make([question])[0]
@@ -140,8 +140,10 @@ def ask(config: AskConfig) -> None:
 
     with world.sealed() if world else nullcontext():  # any look-up of a fact raises
         run_episodes(agent, simulator.actor.answer, [trace], watch=watch)
-    last = trace.turns[-1] if trace.turns else Turn()
-    if not last.calls and last.answer is None:  # malformed, or cut off: show what was generated
+    last = trace.turns[-1] if trace.turns else None
+    if last is None:
+        print("  its tools leave no room to answer")
+    elif not last.calls and last.answer is None:  # malformed or cut off
         length = trace.mask[::-1].index(0)  # the last turn is the run of ones at the end
         print(f"  the turn  {simulator.tokenizer.decode(trace.ids[-length:])!r}")
 

@@ -152,7 +152,8 @@ def _agent_conversation(record: dict) -> tuple[list[str], Turns]:
     for turn in record["turns"]:
         thought = f"<think>{turn['thought']}</think>"
         if "answer" in turn:
-            # After a space, a name is one token, the same as in an observation.
+            # The small model's tokenizer splits the space off (WORDS in data/tokenizer.py). So the
+            # answer is the same token here as in an observation.
             turns.append(([f"{thought}\n<answer> {turn['answer']}</answer>"], []))
         else:
             results = [agents.result_text(observation) for observation in turn["observations"]]
