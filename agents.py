@@ -5,8 +5,7 @@
     ToolActor   simulates the result of a call; the result must fit the tool's return schema
 
 The sampler (model.Sampler) opens conversations, appends to them and generates. Sampled ids are
-kept as they are: their text is parsed, but never encoded to ids again. There are no tensors in
-this file.
+kept as they are: their text is parsed, but never encoded again. This file has no tensors.
 """
 import json
 import re
@@ -19,6 +18,7 @@ from itertools import chain
 import numpy as np
 
 import data.tools
+from data import printable
 from data.schema import (
     Rejected,
     check_function,
@@ -95,6 +95,7 @@ MAKER_SYSTEM = ("Write the tools that help to answer the question. Think inside 
                 "what has to be looked up. Then give the question's kind, one of {kinds}, inside "
                 "<kind></kind>. Then, inside <tools></tools>, one JSON object a line: name, "
                 "description, parameters and returns, the last two as JSON schemas.")
+# "returns" is a key of the tool's definition.
 ACTOR_SYSTEM = ("You play a tool. For each call give what the tool would return, one JSON object "
                 "that fits its schema returns, or an error.")
 SOURCE_HEAD = "All that this tool knows:"
@@ -157,9 +158,9 @@ UTILITIES = {spec["name"]: Tool(**spec) for spec in data.tools.UTILITIES}
 # inference, one word stands for several lookups. The fictional world has no arithmetic questions.
 KINDS = {"composition": (), "inference": (), "comparison": ("compare",),
          "arithmetic": ("calculator", "date_difference", "count")}
-TEXT = {"type": "string"}
 FALLBACK = Tool("lookup", "Look up a property of a subject.",
-                object_schema(subject=TEXT, property=TEXT), object_schema(value=TEXT))
+                object_schema(subject=data.tools.TEXT, property=data.tools.TEXT),
+                object_schema(value=data.tools.TEXT))
 
 
 # ------------------------------------------------------------------------------------------ parser
@@ -187,8 +188,8 @@ class Turn:
     error: str | None = None  # how the turn breaks the grammar
 
 
-# Any text takes linear time, even many opening tags without a closing one: parse_turn applies CALLS
-# only up to the last closing tag, and matches the other two once, from the start.
+# Any text takes linear time. THOUGHT and ANSWER are matched once, from the start. CALLS is applied
+# up to the last closing tag: beyond it, each opening tag would scan to the end of the text.
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
@@ -312,14 +313,8 @@ def uniforms(key: tuple, start: int, n: int) -> np.ndarray:
     """Uniform numbers (n,) for the tokens from position start, decided by key and position."""
     seed = [zlib.crc32(repr(part).encode()) for part in key]
     numbers = np.random.default_rng(seed).random(start + n, dtype=np.float32)[start:]
-    # model.draw multiplies them by the sum of all probabilities. If a product were rounded up to this
-    # sum, the last id of the vocabulary would be drawn, whatever its probability.
+    # A number that is rounded up to 1 would draw the last id, even with probability 0 (model.draw).
     return np.minimum(numbers, 1 - 1e-6)
-
-
-def printable(line: str) -> str:
-    """Escape newlines and all characters that could move the cursor of a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 # ------------------------------------------------------------------------------------------- roles
@@ -532,7 +527,7 @@ class Toolbox:
     """The tools that the ToolMaker wrote for one question."""
     kind: str
     made: list[Tool]
-    tries: int          # number of the accepted try; 0: none was, and `made` is the fallback
+    tries: int          # number of the accepted try; 0: none was (`made` is the fallback or [])
     thought: str = ""
     rejected: str = ""  # why the previous try was rejected
 

@@ -53,7 +53,8 @@ from sft import make_optimizer, micro_batches, optimizer_step, pad, world_seed
 
 @dataclass(frozen=True)
 class Loss:
-    """What else the papers set. The token weight and the ratio are code below."""
+    """Settings that differ between the papers, besides token_weights and the ratio in policy_loss.
+    """
     scale_std: bool      # divide advantages by the group's standard deviation
     clip_low: float      # eps_low
     clip_high: float     # eps_high
@@ -98,8 +99,9 @@ class GRPOConfig:
 
     def __post_init__(self):
         validate(self)
-        # Every right answer must outrank every wrong one. Consistency is the mean of at most
-        # len(PARTS) numbers in [0, 1]. One of them is always 1, so it is at least 1 / len(PARTS).
+        # Every right answer must outrank every wrong one. For a trace with an answer, consistency
+        # is between 1 / len(PARTS), because reward_grammar is 1, and 1. So a wrong answer can gain
+        # at most this by its consistency:
         most = self.w_consistency * (1 - 1 / len(PARTS))
         if not self.w_answer * (1 - self.partial) > most:
             raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
@@ -116,7 +118,7 @@ class Evidence:
     call: Call
     turn: int             # index of its turn
     own: set[str]         # the words of its arguments and of their names
-    grounded: list[bool]  # for each value in the arguments: is it known from an earlier turn?
+    grounded: list[bool]  # for each value in the arguments: do question or earlier turns hold it?
     values: list          # the values in its observation; [] if the call failed
     new: list             # of these, the values that its arguments do not hold
     repeated: bool        # an equal call came before
@@ -138,7 +140,7 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
             names = re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False))
             own = words(*leaves(call.arguments), *names)
             values = leaves(call.observation) if call.succeeded else []
-            # compare() returns one of its arguments; that it is the largest is new.
+            # The result of a utility is new, even if it is an argument: compare() picks one.
             computed = call.name in UTILITIES and all(grounded)
             new = [value for value in values if computed or not words(value) <= own]
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
@@ -192,8 +194,10 @@ def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
 
 
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of useful calls. None without a call. A call is useful if it repeats no earlier call, and
-    one of its new values is the answer or stands in the arguments of a later turn's new call.
+    """Share of useful calls. None without a call.
+
+    A call is useful if it repeats no earlier call, and one of its new values is the answer or
+    stands in the arguments of a later turn's call that repeats none.
     """
     useful = 0
     for e in evidence:
@@ -278,7 +282,7 @@ def set_weights(traces: list[Trace], config: GRPOConfig) -> None:
 def policy_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor,
                 mask: Tensor, weight: Tensor, config: GRPOConfig
                 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J over some traces of a step; and to log, sums over tokens: the KL, the clipped ratios.
+    """-J over some traces of a step, and what is logged: sums of KL and clipped ratios over tokens.
 
     logprobs, old, reference and mask are (B, T); advantage and weight are (B,).
     """

@@ -168,7 +168,7 @@ class Attention(nn.Module):
         future = torch.full((T, T), -math.inf).triu(1)
         future = future.repeat(H // self.kv_heads, 1)  # (H/K·T, T)
         q = (q * Dh ** -0.5).reshape(B, self.kv_heads, -1, Dh)  # (B, K, H/K·T, Dh)
-        scores = q @ k.mT + future  # (B, K, H/K·T, T); the sum is in float32
+        scores = q @ k.mT + future  # (B, K, H/K·T, T), float32 because future is
         return (scores.softmax(-1) @ v).view(B, H, T, Dh)
 
 
@@ -310,8 +310,8 @@ class KVCache:
         self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.groups = c.num_attention_heads // c.num_key_value_heads  # query heads per kv-head
-        # Upper bound of length over the rows of the current pass. It is kept on the host, because
-        # reading length would make the host wait for the device.
+        # longest: an upper bound of length over the rows of the current pass. It is a Python int,
+        # because reading length would make the host wait for the device.
         self.longest = 0
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -337,7 +337,8 @@ class CachePass:
         cache.longest = min(cache.longest + T, cache.k.shape[3])
         keys = torch.arange(cache.longest, device=device)
         future = keys > self.positions[:, None, :, None]  # (B, 1, T, S)
-        # SDPA would turn a bool mask into this float mask again in every layer.
+        # SDPA would turn a bool mask into this float mask again in every layer. It is repeated,
+        # because Attention.forward folds H/K query heads into one.
         mask = torch.zeros(future.shape, dtype=cache.k.dtype, device=device)
         self.mask = mask.masked_fill_(future, -math.inf).repeat(1, 1, cache.groups, 1)
         if T > 1:  # (row, column) of each real token
@@ -592,7 +593,7 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
                 module, _, parameter = name.rpartition(".")
                 setattr(model.get_submodule(module), parameter, nn.Parameter(weight))
 
-            # Threads share the page faults of fresh memory, which take most of the time.
+            # Most of the time goes into page faults of fresh memory. Threads do them in parallel.
             with ThreadPoolExecutor(4) as pool:
                 list(pool.map(read, names))  # list() raises the errors of the threads
     except (SafetensorError, OSError) as error:

@@ -77,7 +77,7 @@ def run_all(config: RunConfig) -> None:
     if finished and not config.resume:
         raise InputError(f"{out}: holds a finished run (see mtr.py show); remove it or choose "
                          "another --out")
-    seconds = {}  # of this process; after --resume, finished stages take none
+    seconds = {}  # after --resume: only of what was left to do
 
     def timed(stage: str, function, *args, **more):
         start = time.perf_counter()
@@ -85,8 +85,8 @@ def run_all(config: RunConfig) -> None:
         seconds[stage] = round(time.perf_counter() - start, 1)
         return result
 
-    say(f"1/4  SFT: {first.steps} steps from random weights, on the traces of a scripted teacher "
-        "that often stops one lookup too early")
+    say(f"1/4  SFT: {first.steps} steps from random weights, on a scripted teacher's traces. It often "
+        "stops one lookup too early, on purpose: GRPO has to unlearn that")
     timed("sft", train_sft, first)
     say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} "
         "traces")

@@ -2,7 +2,7 @@
 
     loss = - mean of log p(token | all tokens before it), over the tokens that the role generates
 
-The mean is taken per role, then over the three roles. All other tokens have mask 0: the system
+The mean is taken per role, then over the roles. All other tokens have mask 0: the system
 turn, tools, question, observations and headers.
 """
 import math
@@ -31,7 +31,7 @@ MINIATURE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 
              "num_attention_heads": 3, "num_key_value_heads": 1}
 TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
        "num_attention_heads": 2, "num_key_value_heads": 1}
-VOCABULARY = 1280  # most ids in the tokenizer of such a model
+VOCABULARY = 1280  # maximum number of ids in the tokenizer of such a model
 
 
 @dataclass
@@ -43,8 +43,8 @@ class SFTConfig:
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
     traces: str = option("", "file from mtr.py traces, in place of the scripted teacher")
-    worlds: int = option(20, "worlds with the same names and other facts; each gives 300 "
-                         "conversations of AutoAgent and 300 of ToolMaker")
+    worlds: int = option(20, "imagined worlds, with the names of the true world but other facts; "
+                         "each gives 300 conversations of AutoAgent and 300 of ToolMaker")
     steps: int = option(1300, "optimizer steps")
     agent_tokens: int = option(1200, "size of AutoAgent's batch in a step, in tokens with padding")
     maker_tokens: int = option(900, "size of ToolMaker's batch in a step, in tokens with padding")

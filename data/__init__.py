@@ -41,3 +41,8 @@ def fingerprint(*paths: Path) -> str:
             with open(part, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def printable(line: str) -> str:
+    """Escape newlines and all characters that could move the cursor of a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
