@@ -1,10 +1,11 @@
-"""The agents against literal strings: protocol, parser, tools, trace, roles and the episode loop.
+"""agents.py, data/schema.py and data/tools.py against literal strings.
 
-No weights are needed: the sampler is a script.
+The sampler is a script, so these tests need no weights. One test uses the real sampler on random weights.
 """
 import json
 import os
 import random
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from agents import (
     Trace,
     Turn,
     check_tools,
+    generate_replies,
     parse_call,
     parse_tools,
     parse_turn,
@@ -34,7 +36,9 @@ from agents import (
     turn,
 )
 from data import InputError
-from data.tools import Blanked, Real, Shuffled
+from data.schema import check_schema, first_error, object_schema, strict_json
+from data.tokenizer import CHAT_TEMPLATE
+from data.tools import blanked, guarded, real, shuffled
 from model import Sampler, token_logprobs
 from sft import pad
 
@@ -42,7 +46,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 def object_of(required=None, **properties):
-    """A JSON schema of an object; all its properties are required unless it is said which."""
+    """The JSON schema of an object. All properties are required, unless `required` lists some of them."""
     required = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": required}
 
@@ -54,8 +58,11 @@ COUNTRY = Tool("country", "Where a city lies.", object_of(city=TEXT), object_of(
 
 
 def scripted(tokenizer, script, capacity=4):
-    """A stand-in for model.Sampler. script(context as text) -> what to say next: a text, which is encoded and
-    ended with <|im_end|>, or ids, said as they are. It keeps what each conversation heard and said."""
+    """A replacement of model.Sampler. script(text of the conversation) returns the next turn: a text, which is encoded
+    and ended with <|im_end|>, or ids, which are taken as they are.
+
+    heard: the ids of each conversation. opened: the number of prompts of each open(). before: the ids before each
+    generated turn. temperatures: of each sample()."""
     s = SimpleNamespace(tokenizer=tokenizer, capacity=capacity, slots=100_000, heard=[], opened=[], before=[],
                         temperatures=[])
 
@@ -72,11 +79,11 @@ def scripted(tokenizer, script, capacity=4):
         s.heard[conversation] += ids
 
     def sample(conversations, limits, uniforms, temperature=1.0):
-        assert min(limits) > 0, "nothing can be said in no tokens"
+        assert min(limits) > 0, "a turn needs at least one token"
         assert uniforms.shape[0] == len(conversations) and uniforms.shape[1] >= max(limits)
         s.temperatures.append(temperature)
         said = []
-        for c, limit in zip(conversations, limits):
+        for c, limit in zip(conversations, limits, strict=True):
             s.before.append(list(s.heard[c]))
             reply = script(tokenizer.decode(s.heard[c]))
             ids = tokenizer.full.encode(reply + END).ids if isinstance(reply, str) else list(reply)
@@ -89,7 +96,7 @@ def scripted(tokenizer, script, capacity=4):
 
 
 def in_turn(*replies):
-    """A script: the n-th turn of a conversation gets the n-th reply."""
+    """A script: the n-th turn of a conversation is the n-th reply."""
     return lambda context: replies[context.count(f"{START}assistant\n") - 1]
 
 
@@ -99,12 +106,12 @@ def call_text(name, arguments):
 
 
 def act(*calls, thought="I look it up."):
-    """The text of a turn that calls."""
+    """The text of a turn with calls."""
     return "\n".join([f"<think>{thought}</think>", *(call_text(*c) for c in calls)])
 
 
 def say(answer, thought="Done."):
-    """The text of a turn that answers."""
+    """The text of a turn with an answer."""
     return f"<think>{thought}</think>\n<answer>{answer}</answer>"
 
 
@@ -117,11 +124,12 @@ def world(name, arguments):
 
 
 def play(sampler, question="Where was Bo born?", tools=(BIRTHPLACE, COUNTRY), backend=None, closed_book=False,
-         **limits):
-    """One episode of one trace."""
+         watch=None, **limits):
+    """The trace of one episode. watch(trace) is called after each half of the loop."""
     limits = {"max_turns": 8, "turn_tokens": 400, "trace_tokens": 4000} | limits
     trace = Trace(question, list(tools), ("key", question))
-    run_episodes(AutoAgent(sampler, **limits), backend or Real(world), [trace], closed_book=closed_book)
+    run_episodes(AutoAgent(sampler, **limits), backend or real(world), [trace], closed_book=closed_book,
+                 watch=watch and (lambda: watch(trace)))
     return trace
 
 
@@ -173,7 +181,7 @@ def test_rendering_is_qwens_to_the_letter(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_pieces_encode_to_the_ids_of_the_whole_text(name, tokenizer):
-    """Control tokens are the only borders, so pieces and text give the same ids."""
+    """Only control tokens separate the pieces, so the pieces and the whole text give the same ids."""
     pieces, text = GOLDEN[name]
     assert tokenizer.encode(pieces()) == tokenizer.full.encode(text).ids
 
@@ -181,7 +189,7 @@ def test_pieces_encode_to_the_ids_of_the_whole_text(name, tokenizer):
 @pytest.mark.parametrize("text", ["<|im_end|>\n<|im_start|>assistant\n", "<tool_call>", "</tool_call>",
                                   "<|endoftext|>"])
 def test_text_cannot_spell_a_control_token(text, tokenizer):
-    """Not in a question, not in a result, not in a tool."""
+    """Neither in a question, nor in a result, nor in a tool."""
     schema = {"type": "function", "function": {"name": text, "description": text, "parameters": {}}}
     for pieces in (turn("user", text), agents.results_turn([text])):
         ids = tokenizer.encode(pieces)
@@ -189,12 +197,12 @@ def test_text_cannot_spell_a_control_token(text, tokenizer):
         assert found == [tokenizer.control[START], tokenizer.control[END]]
         assert text in tokenizer.decode(ids)
     found = [i for i in tokenizer.encode(system_turn("S", [schema])) if i in tokenizer.control.values()]
-    names = [START, "<tool_call>", "</tool_call>", "<tool_call>", "</tool_call>", END]  # the template's own
+    names = [START, "<tool_call>", "</tool_call>", "<tool_call>", "</tool_call>", END]  # these belong to the template
     assert found == [tokenizer.control[name] for name in names]
 
 
 def template(source):
-    """A chat template in the environment that transformers gives it."""
+    """Render a chat template in the same environment as transformers does."""
     sandbox = pytest.importorskip("jinja2.sandbox")
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
@@ -202,7 +210,7 @@ def template(source):
 
 
 def conversation(rng):
-    """Random messages and tools, in the form that transformers' apply_chat_template takes."""
+    """Random messages and tools in the form that apply_chat_template of transformers takes."""
     def text():
         return "".join(rng.choice(["a", "é", " ", "\n", "<", "&", "'", '"', "{{ x }}", "{% y %}"])
                        for _ in range(rng.randrange(6)))
@@ -227,11 +235,11 @@ def conversation(rng):
 
 
 def as_pieces(messages, tools):
-    """The same conversation by agents.py."""
+    """The pieces that agents.py makes of the same conversation."""
     head = messages[0]["content"] if messages[0]["role"] == "system" else agents.DEFAULT_SYSTEM
     pieces = system_turn(head, tools)
     results = []
-    for message, after in zip(messages, [*messages[1:], None]):
+    for message, after in zip(messages, [*messages[1:], None], strict=True):
         if message["role"] == "tool":
             results.append(message["content"])
             if after is None or after["role"] != "tool":
@@ -244,9 +252,9 @@ def as_pieces(messages, tools):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_chat_template_says_what_the_pieces_say(seed):
+def test_the_chat_template_renders_the_text_of_the_pieces(seed):
     messages, tools = conversation(random.Random(seed))
-    rendered = template(agents.CHAT_TEMPLATE)(messages=messages, tools=tools, add_generation_prompt=True)
+    rendered = template(CHAT_TEMPLATE.read_text(encoding="utf-8"))(messages=messages, tools=tools, add_generation_prompt=True)
     assert rendered == "".join(as_pieces(messages, tools))
 
 
@@ -258,11 +266,11 @@ def test_chat_template_against_a_literal_text():
     want = (QWEN + HEAD + ZETA_LINE + TAIL + "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n" +
             TWO_CALLS_TEXT + "<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n"
             "<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n")
-    assert template(agents.CHAT_TEMPLATE)(messages=messages, tools=[ZETA]) == want
+    assert template(CHAT_TEMPLATE.read_text(encoding="utf-8"))(messages=messages, tools=[ZETA]) == want
 
 
-def test_chat_template_of_a_folder_says_the_same(folder):
-    """Of a real Qwen2.5 folder, where MTR_QWEN names one; else of a folder that was saved here."""
+def test_the_chat_template_of_a_folder_renders_the_text_of_the_pieces(folder):
+    """The folder is a real Qwen2.5 folder if MTR_QWEN names one, else a folder that save_model wrote."""
     path = Path(os.environ.get("MTR_QWEN", folder)) / "tokenizer_config.json"
     render = template(json.loads(path.read_text(encoding="utf-8"))["chat_template"])
     for seed in range(100):
@@ -318,7 +326,7 @@ MALFORMED = [
     f"<think>t</think>{F} and {F}", f"<think>t</think>{F}</tool_call>",
     '<think>t</think><tool_call>{"name": "f", "arguments": {}}', "<think>t</think></tool_call>",
     "<think>t</think><tool_call>", f"<think>t</think>{F}<tool_call>", f"<think>t</think>{F}<think>u</think>",
-    # the policy writes its own observation
+    # the policy writes an observation itself
     f'<think>t</think>{F}\n<tool_response>\n{{"a": "x"}}\n</tool_response>',
     f"<think>t</think>{F}\n<tool_response>\n{{}}\n</tool_response>\n<think>u</think>\n<answer>x</answer>",
     "<think>t</think><tool_response>{}</tool_response>", "<think>t</think><answer>x</answer><|im_start|>user",
@@ -355,7 +363,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("text", UNREADABLE, ids=lambda text: text[:40])
 def test_parse_call_gives_an_error_and_nothing_to_run(text):
-    """An error with nothing of the call taken over."""
+    """The call has an error, no name and no arguments."""
     made = parse_call(text)
     assert made.error and made.name == "" and made.arguments == {} and not made.succeeded
 
@@ -376,12 +384,12 @@ AWKWARD = ['"\\ud800"', '{"\\udfff": 1}', "1e999", "[-1e999]", "1" + "0" * 400, 
 
 @pytest.mark.parametrize("value", AWKWARD, ids=lambda value: value[:20])
 def test_a_call_that_is_accepted_can_be_written_encoded_and_scored(value, tokenizer):
-    """Whatever parse_call lets through goes into prompts, logs and rewards: none of these may raise."""
+    """A call that parse_call accepts goes into prompts, logs and rewards. None of these may raise."""
     from grpo import GRPOConfig, reward
     anything = Tool("f", "d", object_of(a={}), object_of(r={}))
     call = f'<think>t</think>\n<tool_call>\n{{"name": "f", "arguments": {{"a": {value}}}}}\n</tool_call>'
     actor = ToolActor(scripted(tokenizer, lambda context: '{"r": 1}'))
-    trace = play(scripted(tokenizer, in_turn(call, say("1")), 1), tools=[anything], backend=actor,
+    trace = play(scripted(tokenizer, in_turn(call, say("1")), 1), tools=[anything], backend=actor.answer,
                  turn_tokens=20_000, trace_tokens=50_000)
     assert trace.status == "answered"
     assert 0 <= reward(trace, ["1"], GRPOConfig())["reward"] <= 1
@@ -394,14 +402,14 @@ def test_a_call_that_is_accepted_can_be_written_encoded_and_scored(value, tokeni
 
 
 def a_tool(**changes):
-    """A tool that passes every rule, but for the changes; a change to ... leaves the part out."""
+    """A valid tool with some parts changed. A change to ... removes the part."""
     tool = {"name": "f", "description": "d", "parameters": object_of(a=TEXT),
             "returns": object_of(b={"type": "integer"})}
     return {k: v for k, v in (tool | changes).items() if v is not ...}
 
 
 def nested(depth):
-    """A schema of an object with `depth` arrays inside each other."""
+    """The schema of an object with `depth` arrays inside each other."""
     inner = TEXT
     for _ in range(depth):
         inner = {"type": "array", "items": inner}
@@ -472,14 +480,15 @@ def test_check_tools_takes_eight():
 
 @pytest.mark.parametrize("name", ["pattern", "$ref", "patternProperties"])
 def test_a_property_may_have_the_name_of_a_forbidden_keyword(name):
-    """A tool that searches for a pattern is no schema with a regular expression in it."""
+    """For example, a tool that searches for a pattern has a parameter "pattern" but no regular expression."""
     check_tools([a_tool(parameters=object_of(**{name: TEXT}))])
 
 
 @pytest.mark.parametrize("schema", [True, {}, {"enum": ["1"]}, {"multipleOf": 0.01}, {"$id": "http://["},
                                     {"format": "regex"}, {"uniqueItems": True}, {"minimum": 1}], ids=str)
 def test_a_tool_that_is_accepted_never_breaks_an_episode(schema, tokenizer):
-    """What check_tools lets through must bear any arguments, and the reward must bear the trace."""
+    """No arguments may raise an exception with a tool that check_tools accepts, neither in the episode nor in the
+    reward."""
     from grpo import GRPOConfig, reward
     try:
         tools = check_tools([a_tool(parameters=object_of(a=schema))])
@@ -491,6 +500,36 @@ def test_a_tool_that_is_accepted_never_breaks_an_episode(schema, tokenizer):
         assert trace.status == "answered" and 0 <= reward(trace, ["x"], GRPOConfig())["reward"] <= 1
 
 
+@pytest.mark.parametrize("depth, accepted", [(9, True), (10, False)])
+def test_the_deepest_schema_is_nested_twelve_levels(depth, accepted):
+    """The schema itself is level 0, each property is level 2, each array adds a level, and "string" adds the last."""
+    if accepted:
+        check_schema(nested(depth))
+    else:
+        with pytest.raises(Rejected, match="schema too deep"):
+            check_schema(nested(depth))
+
+
+def test_the_properties_of_an_object_schema_are_all_required():
+    assert object_schema(a=TEXT, b={}) == {"type": "object", "properties": {"a": TEXT, "b": {}}, "required": ["a", "b"]}
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_strict_json_counts_objects_and_lists(most):
+    text = "[" * (most - 1) + '{"a": 1}' + "]" * (most - 1)
+    assert strict_json(text, most) == json.loads(text)
+    with pytest.raises(Rejected, match="too deep"):
+        strict_json("[" * most + "{}" + "]" * most, most)
+
+
+def test_the_first_error_is_one_short_line():
+    tool = Tool("f", "d", object_of(a={"type": "string", "maxLength": 3}, b={"multipleOf": 0.01}), object_of())
+    assert first_error(tool.argument_validator, {"a": "xyz", "b": 1}) is None
+    assert first_error(tool.argument_validator, {"a": 1, "b": 1}) == "1 is not of type 'string'"
+    assert first_error(tool.argument_validator, {"a": "x" * 99, "b": 1}) == "'" + "x" * 79
+    assert first_error(tool.argument_validator, {"a": "x", "b": 10 ** 400}) == "arguments out of range"
+
+
 def maker_text(*lines, kind="composition"):
     return "\n".join(["<think>t</think>", f"<kind>{kind}</kind>", "<tools>", *lines, "</tools>"])
 
@@ -500,9 +539,9 @@ def line(**changes):
 
 
 def test_parse_tools_reads_kind_and_tools():
-    kind, tools = parse_tools("\n" + maker_text(line(), "", " " + line(name="g", description="</tools>"),
-                                                kind=" comparison ") + "\n")
-    assert kind == "comparison"
+    thought, kind, tools = parse_tools("\n" + maker_text(line(), "", " " + line(name="g", description="</tools>"),
+                                                         kind=" comparison ") + "\n")
+    assert (thought, kind) == ("t", "comparison")
     assert [(t.name, t.description) for t in tools] == [("f", "d"), ("g", "</tools>")]
 
 
@@ -522,9 +561,9 @@ def test_parse_tools_names_what_is_wrong(text, message):
 
 @pytest.mark.parametrize("description", ["plain", "é “x”", "a\u2028b", "a\u0085b", 'a "b" \\ \n'])
 def test_a_definition_reads_back_from_one_line(description):
-    """Unicode knows line ends that JSON doesn't."""
+    """Unicode has line separators that JSON does not escape."""
     tool, = check_tools([a_tool(description=description)])
-    _, (again,) = parse_tools(maker_text(tool.definition))
+    _, _, (again,) = parse_tools(maker_text(tool.definition))
     assert json.loads(again.definition) == a_tool(description=description)
 
 
@@ -559,7 +598,7 @@ def utility(name, *arguments, **named):
 def test_utility_tools_compute(name, arguments, result):
     tool = agents.UTILITIES[name]
     assert tool.run(**arguments) == result
-    assert tool.arguments_fit.is_valid(arguments) and tool.result_fits.is_valid(result)
+    assert tool.argument_validator.is_valid(arguments) and tool.result_validator.is_valid(result)
 
 
 @pytest.mark.parametrize("name, arguments", [
@@ -576,9 +615,21 @@ def test_utility_tools_compute(name, arguments, result):
     ("date_difference", {"start": "yesterday", "end": ""}),
     ("date_difference", {"start": "10000-01-01", "end": "\ud800"}),
 ])
-def test_utility_tools_say_what_they_cannot_do(name, arguments):
-    assert agents.UTILITIES[name].arguments_fit.is_valid(arguments)
+def test_utility_tools_give_an_error_for_bad_values(name, arguments):
+    assert agents.UTILITIES[name].argument_validator.is_valid(arguments)
     assert list(utility(name, **arguments)) == ["error"]
+
+
+def test_guarded_turns_a_value_into_an_object_and_an_exception_into_an_error():
+    def fail(size):
+        raise KeyError("x" * size)
+    assert guarded(lambda a, b=0: {"é": [a, b]})(1, b=2) == {"é": [1, 2]}
+    assert guarded(lambda: [1])() == {"result": [1]} and guarded(lambda: None)() == {"result": None}
+    assert guarded(lambda: ("a", 1))() == {"result": ["a", 1]}  # as JSON gives it back
+    assert guarded(fail)(3) == {"error": "KeyError: 'xxx'"}
+    assert guarded(fail)(500) == {"error": "KeyError: '" + "x" * 189}
+    assert guarded(lambda: float("nan"))() == {"error": "Rejected: NaN is not JSON"}
+    assert list(guarded(lambda: 1)(2)) == ["error"] == list(guarded(lambda: "\ud800")())
 
 
 HOSTILE = ["", " ", "a", "__import__('os')", "().__class__", "(1).real", "f(1)", "print(1)", "lambda: 1",
@@ -592,7 +643,7 @@ HOSTILE = ["", " ", "a", "__import__('os')", "().__class__", "(1).real", "f(1)",
 
 @pytest.mark.parametrize("expression", HOSTILE, ids=lambda e: ascii(e)[:30])
 def test_calculator_refuses(expression):
-    """Nothing that a model writes is evaluated; what it gives back is always JSON."""
+    """No text is evaluated as Python. The result is always JSON."""
     result = utility("calculator", expression)
     assert list(result) == ["error"] and json.dumps(result, allow_nan=False)
 
@@ -608,7 +659,7 @@ def test_calculator_is_pythons_arithmetic(seed):
         return f"({expression(depth - 1)} {sign} {expression(depth - 1)})"
     text = expression(3)
     try:
-        want = {"result": eval(text)}  # the test's own text
+        want = {"result": eval(text)}  # the test wrote this text
     except ZeroDivisionError:
         want = {"error": "no finite result"}
     assert utility("calculator", text) == want
@@ -618,11 +669,12 @@ def test_calculator_is_pythons_arithmetic(seed):
 
 
 def called(*calls, tools=(BIRTHPLACE, COUNTRY)):
-    """A trace whose last turn made these calls."""
+    """A trace with these calls in its last turn."""
     return Trace(tools=list(tools), turns=[Turn(calls=list(calls))])
 
 
 def nobody(name, arguments):
+    """The function of a real backend that must not be called."""
     raise AssertionError(f"{name} was asked")
 
 
@@ -639,9 +691,10 @@ PICKY = Tool("picky", "d", {**object_of(["n"], n={"type": "integer"}, o={"enum":
     (Call("picky", {"n": 1, "q": 1}), "q"),
     (Call("compare", {"names": ["A"], "values": [1], "pick": "best"}), "best"),
 ], ids=str)
-def test_a_refused_call_gets_an_error_and_nobody_is_asked(call, says):
+def test_a_refused_call_gets_an_error_and_no_backend_is_called(call, says):
     trace = called(call, tools=[BIRTHPLACE, PICKY, agents.UTILITIES["compare"]])
-    run_calls([trace], Real(nobody))
+    assert call.observation is None
+    run_calls([trace], real(nobody))
     assert says in call.error and call.observation == {"error": call.error} and not call.succeeded
 
 
@@ -650,12 +703,12 @@ def test_a_refused_call_gets_an_error_and_nobody_is_asked(call, says):
                                   Call("birthplace", {"person": "Bo", "extra": 1})], ids=str)
 def test_a_call_that_fits_is_made(call):
     run_calls([called(call, tools=[BIRTHPLACE, PICKY])],
-              Real(lambda name, arguments: {"got": [name, arguments]}))
+              real(lambda name, arguments: {"got": [name, arguments]}))
     assert call.error is None and call.observation == {"got": [call.name, call.arguments]} and call.succeeded
 
 
 def test_observations_stand_in_the_order_of_the_calls(tokenizer):
-    """The order is the only link between a call and its result, whoever answers first."""
+    """Only the order links a call and its result. Utility tools, refused calls and the backend are mixed here."""
     calls = [("country", {"city": "Velka"}), ("nothing", {}), ("calculator", {"expression": "2*3"}),
              ("birthplace", {"person": "Bo"}), ("birthplace", {"person": 3}),
              ("birthplace", {"person": "Ada"})]
@@ -669,8 +722,10 @@ def test_observations_stand_in_the_order_of_the_calls(tokenizer):
 
 def test_all_traces_are_answered_in_one_batch():
     batches = []
-    backend = SimpleNamespace(answer=lambda requests: batches.append([(t.name, a) for t, a in requests]) or
-                              [{"n": i} for i in range(len(requests))])
+
+    def backend(requests):
+        batches.append([(tool.name, arguments) for tool, arguments in requests])
+        return [{"n": i} for i in range(len(requests))]
     traces = [called(Call("birthplace", {"person": "A"})),
               called(Call("nothing"), Call("country", {"city": "B"})), called()]
     run_calls(traces, backend)
@@ -680,7 +735,7 @@ def test_all_traces_are_answered_in_one_batch():
 
 @pytest.mark.parametrize("value", ["</tool_response>", "<|im_end|>\n<|im_start|>assistant", "a < b <",
                                    "\u2028é\\", "\\u003c"])
-def test_a_result_holds_no_angle_and_says_the_same(value):
+def test_a_result_has_no_angle_bracket_and_the_same_content(value):
     observation = {value: [value, {"error": value}]}
     assert "<" not in result_text(observation) and json.loads(result_text(observation)) == observation
     assert "\n" not in result_text(observation)
@@ -699,11 +754,11 @@ def actor_of(tokenizer, script, capacity=4):
 
 
 def contexts(sampler):
-    """What stood before the sampler each time that it spoke."""
+    """The text before each generated turn."""
     return [sampler.tokenizer.decode(ids) for ids in sampler.before]
 
 
-def test_actor_is_told_the_definition_and_the_call_and_no_more(tokenizer):
+def test_the_actor_prompt_holds_the_definition_and_the_call_and_no_more(tokenizer):
     actor, sampler = actor_of(tokenizer, lambda context: '{"birthplace": "Velka"}')
     assert actor.answer([(BIRTHPLACE, {"person": "Bo é"})]) == [{"birthplace": "Velka"}]
     assert contexts(sampler) == [
@@ -721,10 +776,10 @@ def test_actor_simulates_each_distinct_call_once(tokenizer):
                           (two, {"a": 1, "b": 2})])
     assert len(sampler.before) == 2 and first[0] == first[2] == first[3] != first[1]
     assert actor.answer([(two, {"b": 1, "a": 2})]) == [first[1]] and len(sampler.before) == 2
-    assert (actor.asked, actor.remembered, actor.invalid) == (5, 3, 0)
+    assert (actor.asked, actor.remembered) == (5, 3)
     actor.answer([(two, {"a": 1, "b": "2"}), (Tool("two", "e", two.parameters, two.returns),
                                               {"a": 1, "b": 2})])
-    assert len(sampler.before) == 4  # other arguments, another definition: another call
+    assert len(sampler.before) == 4  # other arguments or another definition make another call
 
 
 def test_actor_answers_in_order_beyond_its_capacity(tokenizer):
@@ -748,7 +803,7 @@ def test_actor_tries_again_after_what_does_not_fit(bad, tokenizer):
     replies = iter([bad, bad, '{"birthplace": "Velka"}'])
     actor, sampler = actor_of(tokenizer, lambda context: next(replies))
     assert actor.answer([(BIRTHPLACE, {"person": "Bo"})]) == [{"birthplace": "Velka"}]
-    assert actor.invalid == 0 and sampler.temperatures == [0.0, 1.0, 1.0]
+    assert sampler.temperatures == [0.0, 1.0, 1.0]
     assert len(set(contexts(sampler))) == 1
 
 
@@ -756,8 +811,8 @@ def test_actor_gives_up_with_an_error_and_remembers_it(tokenizer):
     actor, sampler = actor_of(tokenizer, lambda context: "{" if "Bo" in context else '{"birthplace": "Doka"}')
     for _ in range(2):
         bo, ada = actor.answer([(BIRTHPLACE, {"person": "Bo"}), (BIRTHPLACE, {"person": "Ada"})])
-        assert list(bo) == ["error"] and ada == {"birthplace": "Doka"}
-    assert len(sampler.before) == ToolActor.TRIES + 1 == 4 and actor.invalid == 1
+        assert bo == {"error": "the tool gave no valid result"} and ada == {"birthplace": "Doka"}
+    assert len(sampler.before) == ToolActor.TRIES + 1 == 4
 
 
 def test_actor_draws_other_numbers_on_another_try(tokenizer):
@@ -778,17 +833,17 @@ def test_actor_may_answer_with_an_error(tokenizer):
 def test_actor_may_answer_with_an_empty_object_where_the_schema_lets_it(tokenizer):
     quiet = Tool("quiet", "d", object_of(), object_of([], r=TEXT))
     actor, _ = actor_of(tokenizer, lambda context: "{}")
-    assert actor.answer([(quiet, {})]) == [{}] and actor.invalid == 0
+    assert actor.answer([(quiet, {})]) == [{}]
 
 
 def test_actor_cannot_answer_without_an_end(tokenizer):
     endless = tokenizer.full.encode('{"birthplace": "Velka"}').ids
     for tail in ([], [tokenizer.control["<|endoftext|>"]], endless * 40 + [tokenizer.end]):
-        actor, _ = actor_of(tokenizer, lambda context: endless + tail)
-        assert list(actor.answer([(BIRTHPLACE, {"person": "Bo"})])[0]) == ["error"] and actor.invalid == 1
+        actor, _ = actor_of(tokenizer, lambda context, tail=tail: endless + tail)
+        assert actor.answer([(BIRTHPLACE, {"person": "Bo"})]) == [ToolActor.NO_RESULT]
 
 
-def test_actor_forgets_the_oldest(tokenizer, monkeypatch):
+def test_the_memo_drops_its_oldest_entries(tokenizer, monkeypatch):
     monkeypatch.setattr(ToolActor, "MEMORY", 2)
     actor, sampler = actor_of(tokenizer, lambda context: '{"birthplace": "Velka"}')
     assert len(actor.answer([(BIRTHPLACE, {"person": p}) for p in "abcd"])) == 4 and len(actor.memo) == 2
@@ -798,26 +853,49 @@ def test_actor_forgets_the_oldest(tokenizer, monkeypatch):
     assert len(sampler.before) == 5 and len(actor.memo) == 2
 
 
-def test_canary_actor_hears_neither_question_nor_answer(tokenizer):
-    """A whole episode; the actor's sampler never sees the words of question and gold."""
+def test_no_word_of_question_thought_or_answer_reaches_the_actor(tokenizer):
+    """In a whole episode, the actor's prompt has no word of the question, the thought or the gold answer."""
     actor, sampler = actor_of(tokenizer, lambda context: '{"birthplace": "Velka"}')
     policy = scripted(tokenizer, in_turn(act(("birthplace", {"person": "Bo"}), thought="THOUGHT"),
                                          say("GOLD")))
-    trace = play(policy, question="QUESTION", backend=actor)
+    trace = play(policy, question="QUESTION", backend=actor.answer)
     assert trace.answer == "GOLD" and len(sampler.before) == 1
     assert not any(word in contexts(sampler)[0] for word in ("QUESTION", "GOLD", "THOUGHT"))
     assert "Bo" in contexts(sampler)[0]
 
 
+# ------------------------------------------------------------------------------------------ replies
+
+
+def test_replies_stand_in_the_order_of_the_prompts(tokenizer):
+    """A prompt that leaves no space for the limit gets "", and so does a reply that the limit cuts off."""
+    def script(context):
+        return context.split(END)[0][-1] * (60 if "cut" in context else 1)
+    prompts = [turn("user", text + letter) for text, letter in [("", "a"), ("x " * 90, "b"), ("cut", "c"), ("", "d"), ("", "e")]]
+    sampler = scripted(tokenizer, script, 2)
+    lengths = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    limit, longest = 20, max(lengths[0], lengths[2])
+    assert lengths[0] == lengths[3] == lengths[4] and longest < lengths[1]
+    keys = [("key", i) for i in range(5)]
+    for slots, long in ((lengths[1] + limit, "b"), (lengths[1] + limit - 1, ""), (longest + limit, "")):
+        sampler.slots, sampler.opened = slots, []
+        assert generate_replies(sampler, prompts, limit, 0.5, keys) == ["a", long, "", "d", "e"]
+        assert sampler.opened == ([2, 2, 1] if long else [2, 2]) and set(sampler.temperatures) == {0.5}
+    sampler.slots = longest + limit - 1
+    assert generate_replies(sampler, prompts[2:3], limit, 0.0, keys[:1]) == [""] and sampler.opened == [2, 2]
+    assert generate_replies(sampler, [], limit, 0.0, []) == []
+
+
 # ------------------------------------------------------------------------------------------ ToolMaker
 
 
-def test_maker_hears_why_it_was_rejected(tokenizer):
+def test_the_maker_prompt_names_why_the_last_try_was_rejected(tokenizer):
     replies = iter([maker_text("{"), maker_text(line(name="calculator")),
                     maker_text(line(), kind="inference")])
     sampler = scripted(tokenizer, lambda context: next(replies))
     box, = ToolMaker(sampler).make(["Who?"])
     assert (box.kind, [t.name for t in box.made], box.tries) == ("inference", ["f"], 3)
+    assert (box.thought, box.rejected) == ("t", "tool name taken")
     asked = [context.split(f"{START}user\n")[1] for context in contexts(sampler)]
     assert asked == [f"Who?{END}\n{START}assistant\n", f"Who?\nRejected: not JSON{END}\n{START}assistant\n",
                      f"Who?\nRejected: tool name taken{END}\n{START}assistant\n"]
@@ -850,7 +928,7 @@ def test_a_toolbox_adds_the_utilities_of_its_kind(kind, utilities):
 
 @pytest.mark.parametrize("slots", [40, 120])
 def test_a_prompt_too_long_for_the_sampler_is_no_exception(slots, tokenizer, tiny):
-    """A long schema, a long question: an error observation, the fallback, or a one-line refusal."""
+    """A long schema gives an error observation. A long question gives the fallback or a one-line InputError."""
     sampler = Sampler(tiny(tokenizer.size), tokenizer, 2, slots)
     long = Tool("long", "x " * 140, object_of(a=TEXT), object_of(b=TEXT))
     assert list(ToolActor(sampler).answer([(long, {"a": "x"})])[0]) == ["error"]
@@ -865,7 +943,7 @@ def test_a_prompt_too_long_for_the_sampler_is_no_exception(slots, tokenizer, tin
 DOUBLE = act(("birthplace", {"person": "Bo"}), ("birthplace", {"person": "Ada"}))
 BO, THEN = act(("birthplace", {"person": "Bo"})), act(("country", {"city": "Velka"}), thought="And now?")
 RESULT = "\n<tool_response>\n{}\n</tool_response>"
-EPISODES = {  # what the agent says, what it hears between
+EPISODES = {  # the turns of the agent, the observations between them
     "no call": ([say("x")], []),
     "one call": ([BO, say("Velka")], [RESULT.format('{"birthplace": "Velka"}')]),
     "two calls": ([DOUBLE, say("Velka")],
@@ -887,9 +965,9 @@ def opening(question="Where was Bo born?", tools=(BIRTHPLACE, COUNTRY)):
 
 
 def whole(said, heard):
-    """The text of a whole episode, written down at once."""
+    """The text of a whole episode."""
     text = opening()
-    for turn_text, results in zip(said, [*heard, None]):
+    for turn_text, results in zip(said, [*heard, None], strict=True):
         text += turn_text + END
         text += "" if results is None else f"\n{START}user{results}{END}\n{START}assistant\n"
     return text
@@ -897,20 +975,20 @@ def whole(said, heard):
 
 @pytest.mark.parametrize("name", EPISODES)
 def test_ids_that_grew_are_the_ids_of_the_whole(name, tokenizer):
-    """No newline and no header is lost between turns."""
+    """No newline and no header is missing between turns."""
     said, heard = EPISODES[name]
     sampler = scripted(tokenizer, in_turn(*said))
     trace = play(sampler)
     assert trace.ids == tokenizer.full.encode(whole(said, heard)).ids and trace.status == "answered"
-    assert sampler.heard == [trace.ids]  # what the sampler saw is what will be scored
+    assert sampler.heard == [trace.ids]  # the sampler's ids are the ids that the trainer scores
     header = tokenizer.full.encode(f"{START}assistant\n").ids
     assert len(sampler.before) == len(said) and all(ids[-len(header):] == header for ids in sampler.before)
 
 
 def segments(trace, tokenizer, value):
-    """The texts of the longest runs where the mask has a value."""
+    """The text of each run of tokens where the mask has this value."""
     made, before = [], None
-    for i, m in zip(trace.ids, trace.mask):
+    for i, m in zip(trace.ids, trace.mask, strict=True):
         if m == value:
             made = made if before == value else [*made, []]
             made[-1].append(i)
@@ -919,8 +997,8 @@ def segments(trace, tokenizer, value):
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_the_mask_is_on_what_the_agent_said_and_on_its_end(name, tokenizer):
-    """Content and <|im_end|> in; headers, newlines, observations out."""
+def test_the_mask_is_1_on_generated_turns_and_their_end(name, tokenizer):
+    """The mask is 1 on content and <|im_end|>, and 0 on headers, newlines and observations."""
     said, heard = EPISODES[name]
     trace = play(scripted(tokenizer, in_turn(*said)))
     assert len(trace.ids) == len(trace.mask) == len(trace.logprobs)
@@ -928,13 +1006,13 @@ def test_the_mask_is_on_what_the_agent_said_and_on_its_end(name, tokenizer):
     between = [f"\n{START}user{results}{END}\n{START}assistant\n" for results in heard]
     assert segments(trace, tokenizer, 0) == [opening(), *between]
     expected = []
-    for m in trace.mask:  # the script's own: -0.5, -1.5 and so on, anew in each turn
+    for m in trace.mask:  # the script gives -0.5, -1.5 and so on in each turn
         expected.append((expected[-1] - 1 if expected[-1] else -0.5) if m else 0.0)
     assert trace.logprobs == expected
 
 
 def test_a_split_that_no_encoder_makes_is_kept(tokenizer):
-    """What was sampled is never encoded again."""
+    """Sampled ids are never decoded and encoded again."""
     thought, call = BO[:BO.index("<tool_call>")], BO[BO.index("<tool_call>"):]
     ids = [i for letter in thought for i in tokenizer.full.encode(letter).ids]
     ids += tokenizer.full.encode(call + END).ids
@@ -947,7 +1025,7 @@ def test_a_split_that_no_encoder_makes_is_kept(tokenizer):
 
 
 def check_truncation(trace, budget, tokenizer):
-    """Cut off, but whole in all that the program added, and never longer than it may be."""
+    """The trace is cut off in a generated turn only, and it is within its budget."""
     assert trace.status == "truncated" and trace.answer is None
     assert len(trace.ids) == len(trace.mask) == len(trace.logprobs) <= budget
     heard = "".join(segments(trace, tokenizer, 0))
@@ -959,7 +1037,7 @@ def check_truncation(trace, budget, tokenizer):
 
 @pytest.mark.parametrize("name", ["two calls", "two turns", "refused call"])
 def test_every_trace_budget(name, tokenizer):
-    """From one token after the prompt to the whole."""
+    """Every budget from one token after the prompt to the whole trace."""
     said, heard = EPISODES[name]
     prompt, full = (len(tokenizer.full.encode(text).ids) for text in (opening(), whole(said, heard)))
     for budget in range(prompt + 1, full):
@@ -977,7 +1055,7 @@ def test_every_turn_budget(tokenizer):
 
 @pytest.mark.parametrize("budget", [1, 20, "prompt - 1", "prompt"])
 def test_a_prompt_that_fills_the_budget_is_truncated_not_an_exception(budget, tokenizer):
-    """A long question, or eight tools with long schemas: the trace has no room to say anything."""
+    """A long question or many tools can leave no token for the first turn."""
     prompt = len(tokenizer.full.encode(opening()).ids)
     budget = {"prompt - 1": prompt - 1, "prompt": prompt}.get(budget, budget)
     trace = play(scripted(tokenizer, in_turn(BO, say("x"))), trace_tokens=budget)
@@ -987,7 +1065,7 @@ def test_a_prompt_that_fills_the_budget_is_truncated_not_an_exception(budget, to
 def test_one_long_prompt_does_not_stop_the_others(tokenizer):
     said, _ = EPISODES["one call"]
     traces = [Trace("Where was Bo born?", [BIRTHPLACE]), Trace("Why? " * 400, [BIRTHPLACE])]
-    run_episodes(AutoAgent(scripted(tokenizer, in_turn(*said)), 8, 400, 600), Real(world), traces)
+    run_episodes(AutoAgent(scripted(tokenizer, in_turn(*said)), 8, 400, 600), real(world), traces)
     assert [t.status for t in traces] == ["answered", "truncated"]
 
 
@@ -1002,11 +1080,11 @@ def test_max_turns(most, tokenizer):
 
 
 def test_a_turn_that_ends_on_endoftext_is_malformed(tokenizer):
-    """The row ends there, the id is kept and learned from, the call is not made."""
+    """The trace ends there. The id is kept with mask 1. No call is run."""
     stop = tokenizer.control["<|endoftext|>"]
     for text in (BO, say("x"), ""):
         ids = [*tokenizer.full.encode(text).ids, stop]
-        trace = play(scripted(tokenizer, in_turn(ids)), backend=Real(nobody))
+        trace = play(scripted(tokenizer, in_turn(ids)), backend=real(nobody))
         assert trace.status == "malformed" and trace.ids[-1] == stop and trace.mask[-1] == 1
         assert trace.turns[-1].error and trace.answer is None and trace.calls == []
 
@@ -1014,11 +1092,11 @@ def test_a_turn_that_ends_on_endoftext_is_malformed(tokenizer):
 @pytest.mark.parametrize("text", ["", "hello", "<answer>x</answer>", BO + say("x"),
                                   f"{BO}\n<tool_response>\n{{}}\n</tool_response>"])
 def test_a_malformed_turn_ends_the_trace(text, tokenizer):
-    trace = play(scripted(tokenizer, in_turn(text)), backend=Real(nobody))
+    trace = play(scripted(tokenizer, in_turn(text)), backend=real(nobody))
     assert trace.status == "malformed" and len(trace.turns) == 1 and trace.ids[-1] == tokenizer.end
 
 
-def test_closed_book_puts_words_into_the_mouth_but_not_into_the_loss(tokenizer):
+def test_the_closed_book_prefix_is_masked(tokenizer):
     prefix = "<think>I guess.</think>\n<answer>"
     sampler = scripted(tokenizer, lambda context: " Velka</answer>")
     trace = play(sampler, closed_book=True)
@@ -1026,20 +1104,20 @@ def test_closed_book_puts_words_into_the_mouth_but_not_into_the_loss(tokenizer):
     assert segments(trace, tokenizer, 0) == [opening() + prefix]
     assert segments(trace, tokenizer, 1) == [" Velka</answer>" + END]
     for reply in ("Velka", "</answer>" + BO, f"x</answer>\n{call_text('birthplace', {'person': 'Bo'})}"):
-        sampler = scripted(tokenizer, lambda context: reply)
-        assert play(sampler, closed_book=True, backend=Real(nobody)).status == "malformed"
+        sampler = scripted(tokenizer, in_turn(reply))
+        assert play(sampler, closed_book=True, backend=real(nobody)).status == "malformed"
 
 
 def test_traces_do_not_mix(tokenizer):
-    """Side by side, in groups, of different lengths: each trace is what it is alone. A group's prompt is
-    opened once."""
+    """Traces of different lengths run in parallel and in groups. Each is the same as when it runs alone. The prompt of
+    a group is opened once."""
     scripts = {"Q0": [say("x")], "Q1": [BO, say("Velka")], "Q2": [BO, THEN, say("Suna")], "Q3": ["oops"]}
 
     def script(context):
         return in_turn(*scripts[next(q for q in scripts if q in context)])(context)
     traces = [Trace(q, [BIRTHPLACE, COUNTRY], (q, i)) for q in scripts for i in range(2)]
     sampler = scripted(tokenizer, script)
-    run_episodes(AutoAgent(sampler, 8, 400, 4000), Real(world), traces, group=2)
+    run_episodes(AutoAgent(sampler, 8, 400, 4000), real(world), traces, group=2)
     for i, trace in enumerate(traces):
         alone = play(scripted(tokenizer, script), trace.question)
         assert (trace.ids, trace.mask) == (alone.ids, alone.mask)
@@ -1048,10 +1126,32 @@ def test_traces_do_not_mix(tokenizer):
     assert sampler.opened == [4] and [t.status for t in traces[::2]] == ["answered"] * 3 + ["malformed"]
 
 
+def test_the_watcher_is_called_after_each_half_of_the_loop(tokenizer):
+    """After acting the calls have no observation yet. After observing they have, and the prompt of the next turn is
+    there, unless the trace has ended."""
+    seen = []
+
+    def watch(trace):
+        header = tokenizer.decode(trace.ids).endswith(f"{END}\n{START}assistant\n")
+        seen.append((len(trace.turns), [call.observation for call in trace.calls], header, trace.status))
+    first, second = {"birthplace": "Velka"}, {"country": "Suna"}
+    play(scripted(tokenizer, in_turn(BO, THEN, say("Suna"))), watch=watch)
+    assert seen == [(1, [None], False, "open"), (1, [first], True, "open"),
+                    (2, [first, None], False, "open"), (2, [first, second], True, "open"),
+                    (3, [first, second], False, "answered"), (3, [first, second], False, "answered")]
+    seen.clear()
+    play(scripted(tokenizer, in_turn(BO, THEN)), max_turns=2, watch=watch)
+    assert seen[2:] == [(2, [first, None], False, "open"), (2, [first, second], False, "truncated")]
+    seen.clear()
+    play(scripted(tokenizer, in_turn("oops")), watch=watch)
+    assert seen == [(1, [], False, "malformed")] * 2
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_a_trace_is_the_same_whatever_batch_it_ran_in(tokenizer, tiny, monkeypatch, temperature):
-    """The real sampler in float64 on random weights, <|im_end|> made likely: three turns, ragged, with one to three
-    results after each. In groups, alone, in reverse and beside others; and the trainer finds the log-probabilities."""
+    """The real sampler in float64 on random weights. <|im_end|> is made likely, so there are up to three turns of
+    different lengths, each with one to three results. The traces run in groups, alone, in reverse order and beside
+    others. The trainer computes the same log-probabilities."""
     model = tiny(vocab=tokenizer.size)
     boost = 7.5 * (torch.arange(tokenizer.size) == tokenizer.end)
     monkeypatch.setattr(model, "head", lambda states, head=model.head: head(states) + boost)
@@ -1060,7 +1160,7 @@ def test_a_trace_is_the_same_whatever_batch_it_ran_in(tokenizer, tiny, monkeypat
     def run(questions, group, backwards=False):
         traces = [Trace(q, [], (q, i)) for q in questions for i in range(group)][::-1 if backwards else 1]
         agent = AutoAgent(Sampler(model, tokenizer, len(traces), 700), 3, 12, 690, temperature)
-        run_episodes(agent, Blanked(), traces, 1 if backwards else group)
+        run_episodes(agent, blanked, traces, 1 if backwards else group)
         return {t.key: t for t in traces}
 
     together = run(["Who?", "Where was it?", "When, then, and how long?"], 6)
@@ -1069,7 +1169,7 @@ def test_a_trace_is_the_same_whatever_batch_it_ran_in(tokenizer, tiny, monkeypat
     for key, trace in [pair for other in others for pair in other.items()]:
         assert trace.ids == together[key].ids and trace.mask == together[key].mask
         assert trace.logprobs == pytest.approx(together[key].logprobs, abs=1e-9)
-        ids, mask = pad([trace])
+        ids, mask = pad([trace.ids], "cpu"), pad([trace.mask], "cpu", torch.bool)
         scored, _ = token_logprobs(model, ids, mask, temperature)
         assert scored[0, :len(trace.ids)].tolist() == pytest.approx(trace.logprobs, abs=1e-6)
 
@@ -1091,6 +1191,8 @@ def test_noise_depends_on_key_and_position_alone():
     for other in ((1, *key[1:]), (*key[:2], 4), key[:2], (0, "train-composition-8", 3)):
         assert not np.array_equal(Trace(key=other).noise(5), long[:5])
     assert Trace().noise(2).shape == (2,)
+    words = [zlib.crc32(text) for text in (b"0", b"'train-composition-7'", b"3")]
+    assert np.array_equal(long[:7], np.random.default_rng(words).random(7, dtype=np.float32))
 
 
 def test_a_trace_grows_in_step():
@@ -1103,8 +1205,8 @@ def test_a_trace_grows_in_step():
         trace.say([5, 6], [-1.0])
 
 
-def test_record_and_story_tell_all(tokenizer):
-    trace = play(scripted(tokenizer, in_turn(act(("birthplace", {"person": "Bo"}), ("nothing", {})),
+def test_record_and_story_hold_everything(tokenizer):
+    trace = play(scripted(tokenizer, in_turn(act(("birthplace", {"person": "Bo"}), ("nothing", {"a": 1, "b": "<"})),
                                              say("Velka"))))
     record = json.loads(json.dumps(trace.record(), ensure_ascii=False))
     assert record["question"] == "Where was Bo born?" and record["status"] == "answered"
@@ -1113,31 +1215,56 @@ def test_record_and_story_tell_all(tokenizer):
     observations = [call["observation"] for call in record["turns"][0]["calls"]]
     assert observations == [{"birthplace": "Velka"}, {"error": "unknown tool"}]
     assert record["turns"][1]["answer"] == "Velka"
-    story = trace.story()
-    for part in ("I look it up.", "birthplace(person='Bo')", '{"birthplace": "Velka"}', "unknown tool",
-                 "answers   Velka"):
-        assert part in story
-    assert "malformed" in play(scripted(tokenizer, in_turn("oops"))).story()
+    assert trace.story().split("\n") == [
+        "  thinks    I look it up.", "  calls     birthplace(person='Bo')", "  calls     nothing(a=1, b='<')",
+        '  observes  {"birthplace": "Velka"}', '  observes  {"error": "unknown tool"}',
+        "  thinks    Done.", "  answers   Velka"]
+
+
+def test_a_story_names_what_ended_the_trace(tokenizer):
+    """A malformed turn has its own line. A truncated trace ends with "truncated"."""
+    oops = play(scripted(tokenizer, in_turn("oops")))
+    assert oops.story() == "  malformed no thought"
+    turns = play(scripted(tokenizer, in_turn(BO)), max_turns=1)
+    assert turns.story().split("\n")[2:] == ['  observes  {"birthplace": "Velka"}', "  truncated"]
+    cut = play(scripted(tokenizer, in_turn(BO)), turn_tokens=3)
+    assert cut.story().split("\n") == ["  malformed cut off at the token limit", "  truncated"]
+
+
+def test_a_story_has_no_line_for_an_observation_that_did_not_come_yet():
+    trace = called(Call("birthplace", {"person": "Bo"}), Call("nothing"))
+    assert trace.story() == "  calls     birthplace(person='Bo')\n  calls     nothing()"
+    assert [call["observation"] for call in trace.record()["turns"][0]["calls"]] == [None, None]
+    run_calls([trace], blanked)
+    assert trace.story().split("\n")[2:] == ["  observes  {}", '  observes  {"error": "unknown tool"}']
+
+
+def test_no_character_of_a_story_moves_the_cursor():
+    turn = Turn("a\nb\x1b[2Jé\u2028", [Call("f", {"x\r": 1}, observation={"y": "\u202e"})], error="\tz")
+    assert Trace(turns=[turn]).story() == ("  thinks    a\\nb\\x1b[2Jé\\u2028\n  calls     f(x\\r=1)\n"
+                                           '  observes  {"y": "\\u202e"}\n  malformed \\tz')
 
 
 # ------------------------------------------------------------------------------------------- backends
 
 
-def test_real_asks_the_function():
-    assert Real(world).answer([(BIRTHPLACE, {"person": "Bo"}), (COUNTRY, {"city": "X"})]) == [
+def test_real_calls_the_function():
+    assert real(world)([(BIRTHPLACE, {"person": "Bo"}), (COUNTRY, {"city": "X"})]) == [
         {"birthplace": "Velka"}, {"error": "no country found"}]
-    assert Real(nobody).answer([]) == []
+    assert real(nobody)([]) == []
 
 
-def test_blanked_tells_nothing():
-    assert Blanked().answer([(BIRTHPLACE, {"person": "Bo"})] * 2) == [{}, {}]
+def test_blanked_observations_are_empty():
+    assert blanked([(BIRTHPLACE, {"person": "Bo"})] * 2) == [{}, {}] and blanked([]) == []
 
 
-def test_shuffled_tells_what_the_same_tool_told_another():
-    backend = Shuffled(Real(lambda name, arguments: {name: next(iter(arguments.values())) + "!"}))
+def test_shuffled_gives_another_observation_of_the_same_tool():
+    backend = shuffled(real(lambda name, arguments: {name: next(iter(arguments.values())) + "!"}))
     people = [(BIRTHPLACE, {"person": p}) for p in "abcde"]
     for _ in range(2):
-        answers = backend.answer([*people, (COUNTRY, {"city": "z"})])
-        for (_, arguments), answer in zip(people, answers):
+        answers = backend([*people, (COUNTRY, {"city": "z"})])
+        for (_, arguments), answer in zip(people, answers[:-1], strict=True):
             assert answer["birthplace"] in {p + "!" for p in "abcde"} - {arguments["person"] + "!"}
-        assert answers[-1] == {}  # no other has been asked of it yet
+        assert answers[-1] == {}  # this tool has given no other observation yet
+    assert backend([(COUNTRY, {"city": "y"})]) == [{"country": "z!"}]
+    assert backend([]) == []
