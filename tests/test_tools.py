@@ -1,18 +1,22 @@
-"""A user's tools: OpenAI's schemas, each broken by one rule, Python functions; and that regeneration mends what was broken.
-The schemas are the 30 real ones of MTR_REAL where it is set, else some like them."""
+"""A user's own tools: OpenAI schemas with one rule broken each, and Python functions. Tools that the ToolMaker repairs.
+
+The schemas are the 30 real ones of MTR_REAL. If it is not set, they are six similar ones.
+"""
 import copy
 import json
 import os
 from pathlib import Path
 
 import pytest
-from test_agents import a_tool, maker_text, scripted
+from test_agents import a_tool, maker_text, nobody, scripted
 
 import agents
-from agents import Call, Rejected, ToolActor, ToolMaker, Trace, Turn, check_tools, load_tools, run_calls
+from agents import Call, Rejected, ToolMaker, Trace, Turn, check_tools, load_tools, run_calls
 from data import InputError
+from data.tools import read_tools, real
 
 ADDRESS = {"type": "object", "properties": {"street": {"type": "string"}, "zip": {"type": "string"}}, "required": ["street", "zip"]}
+OPEN = {"type": "object", "properties": {}}
 
 
 def function(name, description="Does it.", required=None, **properties):
@@ -45,8 +49,17 @@ def test_openai_schemas_are_accepted_as_they_are(tmp_path):
     assert [tool.returns for tool in load(bare, tmp_path)] == [ADDRESS] * 6
 
 
+def test_read_tools_gives_the_parts_of_each_tool(tmp_path):
+    """Without `returns`, any object is a result. `strict` is checked and not kept."""
+    mine = {"name": "f", "description": "d", "parameters": OPEN}
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([mine, {"type": "function", "function": {**mine, "name": "g", "returns": ADDRESS, "strict": False}}]))
+    assert read_tools(path) == [{**mine, "returns": {"type": "object"}, "run": None},
+                                {**mine, "name": "g", "returns": ADDRESS, "run": None}]
+
+
 def at(*path, to):
-    """A break: the value at a path of keys becomes `to`; ... takes it away."""
+    """A break that sets the value at a path of keys. A `to` of ... removes the value."""
     def harm(f):
         for key in path[:-1]:
             f = f[key]
@@ -57,7 +70,8 @@ def at(*path, to):
 
 
 def strict(closed=True, extra=None):
-    """A break: the function says that it is strict; an optional property may be there."""
+    """A break that marks the function as strict. closed: its objects follow the rules. extra: more properties, which
+    are not required."""
     def harm(f):
         def close(schema):
             if isinstance(schema, dict):
@@ -72,8 +86,7 @@ def strict(closed=True, extra=None):
     return harm
 
 
-OPEN = {"type": "object", "properties": {}}
-RULES = [  # what the message must say, the break
+RULES = [  # what the message must contain, the break
     ("bad tool name", at("name", to="a b")), ("bad tool name", at("name", to="x" * 65)), ("bad tool name", at("name", to="")),
     ("tool name taken", at("name", to="calculator")), ("bad description", at("description", to=" ")),
     ("no description", at("description", to=...)), ("no parameters", at("parameters", to=...)),
@@ -91,6 +104,8 @@ RULES = [  # what the message must say, the break
                                                  f["parameters"]["required"].append("x"))),
     ("strict, but an object is open", lambda f: (strict()(f), f["parameters"]["required"].append("x"), f["parameters"]["properties"].update(
         x={"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": ["object", "null"]}}]}))),
+    ("strict, but an object is open", lambda f: (strict()(f), f["parameters"]["required"].append("properties"),
+                                                 f["parameters"]["properties"].update(properties=OPEN))),
 ]
 
 
@@ -116,16 +131,18 @@ def test_a_file_that_breaks_a_rule_is_refused(message, change, tmp_path):
 
 
 def test_strict_schemas_that_keep_their_promise_are_accepted(tmp_path):
+    """A property may have the name of a keyword."""
     for schema in SCHEMAS:
         fine = copy.deepcopy(schema)
         strict()(fine["function"])
-        fine["function"]["parameters"]["properties"]["x"] = {"type": ["string", "null"]}
-        fine["function"]["parameters"]["required"].append("x")
+        for name in ("x", "properties"):
+            fine["function"]["parameters"]["properties"][name] = {"type": ["string", "null"]}
+            fine["function"]["parameters"]["required"].append(name)
         assert load([fine], tmp_path)
 
 
 @pytest.mark.parametrize("content", ["7", '"x"', "[7]", '[{"name": []}]', '[{"function": 3}]', "{}"])
-def test_what_is_no_list_of_functions_is_one_line(content, tmp_path):
+def test_a_file_without_a_list_of_functions_is_refused_in_one_line(content, tmp_path):
     with pytest.raises(InputError, match="tools.json") as error:
         load(None, tmp_path, content)
     assert "\n" not in str(error.value)
@@ -140,9 +157,9 @@ BROKEN = {"bad tool name": {"name": "a b"}, "tool name taken": {"name": "count"}
 
 
 @pytest.mark.parametrize("reason", BROKEN)
-def test_what_was_rejected_is_mended_when_the_reason_is_told(reason, tokenizer):
-    """The maker mends its tools when it reads why they were rejected, and not before; a maker that never does gets the
-    fallback after three tries."""
+def test_rejected_tools_are_repaired_when_the_prompt_holds_the_reason(reason, tokenizer):
+    """The ToolMaker repairs its tools as soon as the prompt holds the reason, and not earlier. If it never repairs them,
+    the question gets the fallback after three tries."""
     with pytest.raises(Rejected, match=reason):
         check_tools([a_tool(**BROKEN[reason])])
 
@@ -171,13 +188,13 @@ def python_file(tmp_path, body):
 def test_a_python_function_answers_and_its_failure_is_an_observation(body, observation, tmp_path):
     tool, = load_tools(python_file(tmp_path, f"TOOLS = [(SCHEMA, {body})]"))
     trace = Trace(tools=[tool], turns=[Turn(calls=[Call("f", {"a": 3})])])
-    run_calls([trace], ToolActor(None))
-    said = trace.calls[0].observation
-    assert said == observation if observation else list(said) == ["error"]
+    run_calls([trace], real(nobody))
+    found = trace.calls[0].observation
+    assert found == observation if observation else list(found) == ["error"]
 
 
 @pytest.mark.parametrize("body", ["", "TOOLS = 3", "TOOLS = [SCHEMA]", "TOOLS = []", "1 / 0", "def", "TOOLS = [(SCHEMA | {'name': 'count'}, len)]"])
-def test_a_python_file_that_is_none_is_one_line(body, tmp_path):
+def test_a_python_file_without_tools_is_refused_in_one_line(body, tmp_path):
     with pytest.raises(InputError, match="mine.py") as error:
         load_tools(python_file(tmp_path, body))
     assert "\n" not in str(error.value)
