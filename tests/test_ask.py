@@ -1,4 +1,4 @@
-"""python mtr.py ask on a checkpoint: what it shows and when, tools of one's own, broken folders."""
+"""python mtr.py ask --model FOLDER: what it prints and when, a user's own tools, broken input."""
 import json
 import os
 import subprocess
@@ -12,6 +12,7 @@ from test_model import BROKEN
 
 import agents
 import evaluate
+import grpo
 import mtr
 import run as run_file
 from model import Tokenizer, save_model
@@ -28,7 +29,7 @@ MAYOR = {"name": "mayor", "description": "Who governs a city.", "parameters": CI
 
 @pytest.fixture
 def ask(monkeypatch, capsys, tmp_path):
-    """The program in this process, in a folder of its own -> exit code, what it printed since the last look, stderr."""
+    """Run the program in this process, in a temporary folder -> exit code, stdout since the last read, stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
@@ -50,22 +51,21 @@ def write(path, value):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_random_weights_say_garbage_and_nothing_breaks(tiny, folder, tmp_path, ask, monkeypatch, own):
-    """A malformed turn and malformed tools are events. With Qwen2.5's own tokenizer where MTR_QWEN names it."""
+def test_the_garbage_of_random_weights_breaks_nothing(tiny, folder, tmp_path, ask, monkeypatch, own):
+    """The tools are replaced by the fallback, and the trace ends. With Qwen2.5's tokenizer if MTR_QWEN is set."""
     tokenizer = Tokenizer(Path(REAL or folder))
     save_model(tiny(tokenizer.size + 7, dtype=torch.float32), tokenizer, tmp_path / "checkpoint")
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     write(tmp_path / "checkpoint" / "config.json", config | {"max_position_embeddings": 32768})
-    monkeypatch.setattr(evaluate, "TURN_TOKENS", 24)
     tools = ["--tools", write(tmp_path / "tools.json", [WEATHER])] if own else []
-    code, out, err = ask("--model", tmp_path / "checkpoint", "Is it raining in Doka?", *tools)
-    assert (code, err) == (0, "") and "malformed" in out and "it said" in out
-    assert ("what it wrote was rejected" in out) is not own
+    code, out, err = ask("--model", tmp_path / "checkpoint", "Is it raining in Doka?", "--turn-tokens", 24, *tools)
+    assert (code, err) == (0, "") and out.endswith("  malformed cut off at the token limit\n  truncated\n")
+    assert ("its tools were rejected, so there is one general tool" in out) is not own
 
 
 @pytest.fixture
 def played(monkeypatch, tokenizer, folder, capsys):
-    """The sampler becomes a script -> list that fills with (context, what had come on the screen by then)."""
+    """Replace the sampler by a script -> a list that collects (prompt, stdout since the previous prompt)."""
     config = json.loads((folder / "config.json").read_text())
     write(folder / "config.json", config | {"max_position_embeddings": 32768})
     seen = []
@@ -76,13 +76,13 @@ def played(monkeypatch, tokenizer, folder, capsys):
         def script(context):
             seen.append((context, capsys.readouterr().out))
             return actor if "You play a tool" in context else maker if "Write the tools" in context else next(turns)
-        monkeypatch.setattr(evaluate, "Sampler", lambda *_: scripted(tokenizer, script))
+        monkeypatch.setattr(grpo, "Sampler", lambda *_: scripted(tokenizer, script))
         return seen
     return play
 
 
-def test_each_part_is_shown_before_the_next_is_asked_for(folder, ask, played):
-    """One checkpoint in three roles: the tools; the thought and the calls; what came back; thought and answer."""
+def test_each_part_is_printed_before_the_next_is_generated(folder, ask, played):
+    """One checkpoint in three roles: the tools, then thought and calls, then observations, then thought and answer."""
     maker = agents.ToolMaker.reply("So.", "comparison", [agents.Tool(**MAYOR)])
     agent = [act(("mayor", {"city": "Doka"}), ("nothing", {})), say("Bo")]
     seen = played(agent, '{"mayor": "Bo"}', maker)
@@ -97,8 +97,8 @@ def test_each_part_is_shown_before_the_next_is_asked_for(folder, ask, played):
     assert last == "  thinks    Done.\n  answers   Bo\n"
 
 
-def test_tools_of_ones_own_take_the_toolmakers_place(folder, tmp_path, ask, played):
-    """As they stand in the prompt; what an OpenAI function returns is not known, so any object will do."""
+def test_a_users_own_tools_replace_the_toolmakers(folder, tmp_path, ask, played):
+    """The prompt holds their schemas unchanged. An OpenAI function has no return schema, so any object is a result."""
     seen = played([act(("weather", {"city": "Doka"}), ("weather", {"town": 1})), say("rain")], '{"sky": ["rain"]}')
     tools = write(tmp_path / "tools.json", [WEATHER, MAYOR])
     code, last, _ = ask("--model", folder, "Is it raining in Doka?", "--tools", tools)
@@ -109,10 +109,38 @@ def test_tools_of_ones_own_take_the_toolmakers_place(folder, tmp_path, ask, play
     assert '{"sky": ["rain"]}' in seen[2][1] and "'city' is a required property" in seen[2][1]
 
 
-def test_it_ends_when_the_turns_run_out(folder, tmp_path, ask, played):
+@pytest.mark.parametrize("words, turns", [((), 8), (("--max-turns", 3), 3)])
+def test_it_ends_when_the_turns_run_out(folder, tmp_path, ask, played, words, turns):
     seen = played([act(("weather", {"city": "Doka"}))] * 9)
+    tools = write(tmp_path / "tools.json", [WEATHER])
+    code, last, _ = ask("--model", folder, "Is it raining?", "--tools", tools, *words)
+    assert code == 0 and last.endswith("  truncated\n")
+    assert sum("play a tool" not in c for c, _ in seen) == turns and evaluate.LIMITS["max_turns"] == 8
+
+
+def test_the_text_of_a_malformed_turn_is_printed(folder, tmp_path, ask, played):
+    """Of the last turn only, with its end and in quotes."""
+    played([act(("weather", {"city": "Doka"})), "It \nrains."])
     code, last, _ = ask("--model", folder, "Is it raining?", "--tools", write(tmp_path / "tools.json", [WEATHER]))
-    assert code == 0 and last.endswith("  truncated\n") and sum("play a tool" not in c for c, _ in seen) == evaluate.TURNS
+    assert (code, last) == (0, "  malformed no thought\n  the turn  'It \\nrains.<|im_end|>'\n")
+
+
+@pytest.mark.parametrize("words, temperature", [((), 0.0), (("--temperature", 0.7), 0.7)])
+def test_the_temperature_is_the_agents_alone(folder, ask, tokenizer, monkeypatch, words, temperature):
+    """The first tries of ToolMaker and ToolActor are greedy."""
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | {"max_position_embeddings": 32768})
+    maker = agents.ToolMaker.reply("So.", "composition", [agents.Tool(**MAYOR)])
+    samplers = []  # of the ToolMaker and the ToolActor, and of AutoAgent
+
+    def sampler(*_):
+        turns = iter([act(("mayor", {"city": "Doka"})), say("Bo")] if samplers else [maker, '{"mayor": "Bo"}'])
+        samplers.append(scripted(tokenizer, lambda context: next(turns)))
+        return samplers[-1]
+    monkeypatch.setattr(grpo, "Sampler", sampler)
+    code, out, _ = ask("--model", folder, "Who governs Doka?", *words)
+    assert code == 0 and out.endswith("  answers   Bo\n")
+    assert [s.temperatures for s in samplers] == [[0.0, 0.0], [temperature, temperature]]
 
 
 # ------------------------------------------------------------------------------------------- mistakes
@@ -127,13 +155,13 @@ def without(part, **changes):
     (without("name"), "tool 1"), (without("description"), "tool 1"), (without("", name="a b"), "name"),
     (without("", extra=1), "tool 1"), (without("", parameters=[]), "object"), (without("", returns={}), "object"),
     (without("", parameters={"type": "object", "properties": {"a": {"type": "text"}}}), "unknown type")], ids=repr)
-def test_tools_that_are_none_are_refused_by_name(tmp_path, folder, ask, tools, culprit):
+def test_a_broken_file_of_tools_is_refused_by_name(tmp_path, folder, ask, tools, culprit):
     code, out, err = ask("--model", folder, "Who?", "--tools", write(tmp_path / "my.json", tools))
     assert (code, out) == (2, "") and "my.json" in err and culprit in err and err.count("\n") == 1
 
 
 def test_schemas_are_taken_as_they_are(tmp_path):
-    """The 30 real ones too, where MTR_QWEN has them beside it."""
+    """Also the 30 real schemas, which stand beside MTR_QWEN if it is set."""
     real = sorted((Path(REAL).parent / "tools").glob("*.json")) if REAL else []
     for file in [write(tmp_path / "one.json", [WEATHER]), *real]:
         given = [schema["function"] for schema in json.loads(file.read_text(encoding="utf-8"))]
@@ -152,7 +180,7 @@ def everything_in(folder):
 
 @pytest.mark.parametrize("name", TEN)
 def test_a_broken_checkpoint_ends_with_one_line(folder, tmp_path, ask, name):
-    """Exit code 2, the culprit named, nothing on stdout, nothing written."""
+    """The exit code is 2, the line names the culprit, stdout is empty, and no file changes."""
     harm, culprit = BROKEN[name]
     harm(folder)
     before = everything_in(tmp_path)
@@ -169,12 +197,42 @@ def test_a_broken_checkpoint_from_the_command_line(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_question_longer_than_the_context_is_refused(folder, ask):
-    """The tests' folder has room for 256 positions: refused from the first question that leaves nothing to say."""
-    tokenizer, n = Tokenizer(folder), 1
-    while len(tokenizer.encode(agents.AutoAgent.prompt("a" * n, []))) < 256:
+@pytest.mark.parametrize("most, words, room", [(512, (), 512), (512, ("--trace-tokens", 400), 400), (8192, (), 4096)])
+def test_a_question_longer_than_the_context_is_refused(folder, tmp_path, ask, most, words, room):
+    """The room is that of the checkpoint, but at most 4096, or that of --trace-tokens. A prompt that fills it is refused.
+    One token less leaves room for one token of the agent."""
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | {"max_position_embeddings": most})
+    tools = write(tmp_path / "tools.json", [MAYOR])
+    tokenizer, made = Tokenizer(folder), agents.load_tools(tools)
+
+    def tokens(n):
+        return len(tokenizer.encode(agents.AutoAgent.prompt("?" * n, made)))
+    n = room - tokens(1) + 1
+    while tokens(n) < room:
         n += 1
-    code, _, err = ask("--model", folder, "a" * n)
-    assert code == 2 and "room for 256" in err and err.count("\n") == 1
-    code, out, _ = ask("--model", folder, "a" * (n - 1))
+    code, out, err = ask("--model", folder, "?" * n, "--tools", tools, *words)
+    assert (code, out) == (2, "") and f"question: {room} tokens with its tools" in err and err.count("\n") == 1
+    assert f"room for {room} " in err
+    code, out, _ = ask("--model", folder, "?" * (n - 1), "--tools", tools, *words)
     assert code == 0 and out.endswith("truncated\n")
+
+
+def test_more_tokens_per_trace_than_the_checkpoint_has_are_refused(folder, ask):
+    """The folder of the tests has 256 positions."""
+    code, out, err = ask("--model", folder, "Who?", "--trace-tokens", 257)
+    assert (code, out) == (2, "") and "trace_tokens: 257" in err and "room for 256" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_refused(folder, ask, question):
+    code, out, err = ask("--model", folder, question)
+    assert (code, out) == (2, "") and "question: it is empty" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, culprit", [
+    (("--temperature", -0.5), "temperature"), (("--seed", -1), "seed"), (("--threads", -1), "threads"),
+    (("--max-turns", 0), "max_turns"), (("--turn-tokens", 0), "turn_tokens"), (("--trace-tokens", -5), "trace_tokens")])
+def test_a_number_out_of_range_is_refused_by_name(folder, ask, words, culprit):
+    code, out, err = ask("--model", folder, "Who?", *words)
+    assert (code, out) == (2, "") and f"{culprit}: expected a number " in err and err.count("\n") == 1
