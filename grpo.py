@@ -449,7 +449,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
         for indices in np.array_split(np.arange(len(order)), config.minibatches):
             minibatch = [order[i] for i in indices]
             set_weights(minibatch, config)
-            batch = [t for t in minibatch if t.advantage != 0 or config.beta > 0]
+            batch = [t for t in minibatch if t in learned]
             for part in micro_batches(batch, config.micro_tokens):
                 add_gradient(model, part, config, sums)
             if batch:

@@ -28,9 +28,12 @@ def option(default, meaning: str, **more):
 
 
 def validate(config) -> None:
-    """InputError for a number below its `least`. Without `least`, a number must be above 0."""
+    """InputError for a value not in `choices` or below `least`. The default least is above 0."""
     for f in fields(config):
         value, least = getattr(config, f.name), f.metadata.get("least")
+        choices = f.metadata.get("choices", (value,))
+        if value not in choices:
+            raise InputError(f"{f.name}: expected one of {', '.join(choices)}, found {value!r}")
         if type(value) in (int, float):
             fits = value > 0 if least is None else value >= least
             if not fits or value > 1e15:

@@ -1,4 +1,4 @@
-"""What tests share: the repository on sys.path, one thread, a tiny tokenizer, tiny models, a saved folder."""
+"""Shared by all tests: the repository on sys.path, one thread, a tiny tokenizer, tiny models, a saved model folder."""
 import importlib.util
 import sys
 from pathlib import Path
@@ -8,28 +8,33 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
-# What compares with the peers is collected where they are installed (requirements-peers.txt).
+# A file that compares with a peer library is collected only if that library is installed (requirements-peers.txt).
 PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers"}
 collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.find_spec(peer)]
 
-import agents  # noqa: E402
 import sft  # noqa: E402
-from model import ModelConfig, Transformer, save_model, train_tokenizer  # noqa: E402
+from data.tokenizer import train_tokenizer  # noqa: E402
+from model import ModelConfig, Tokenizer, Transformer, save_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    """A tokenizer of a few hundred ids, learned from some conversations of each role."""
+    """A tokenizer of 420 ids, trained on some conversations of each role."""
     records, _ = sft.teach(0, worlds=1)
-    spoken = [sft.split_conversation(record) for role in sft.ROLES for record in records[role][:60]]
-    parts = [part for prompt, turns in spoken for part in (prompt, *(p for turn in turns for p in turn))]
+    texts = []
+    for role in sft.ROLES:
+        for record in records[role][:60]:
+            prompt, turns = sft.split_conversation(record)
+            texts.append("".join(prompt))
+            texts += ["".join(pieces) for turn in turns for pieces in turn]
     folder = tmp_path_factory.mktemp("tokenizer")
-    return train_tokenizer(["".join(part) for part in parts], 420, folder, agents.CHAT_TEMPLATE)
+    train_tokenizer(texts, 420, folder)
+    return Tokenizer(folder)
 
 
 def build_tiny(vocab=40, heads=4, kv_heads=2, tied=True, dtype=torch.float64, known_ids=None, seed=0):
-    """A random Transformer in which nothing is trivial: biases and norm weights are random too, theta and eps
-    are unusual, and the logits spread over several units."""
+    """A random Transformer without trivial values: biases and norm weights are random too, theta and eps are unusual,
+    and the logits spread over several units."""
     config = ModelConfig(vocab, 8 * heads, 24, 2, heads, kv_heads, 256, 1e-2, 100.0, tied)
     model, rng = Transformer(config, known_ids), torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -47,6 +52,6 @@ def tiny():
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    """A saved model folder; as in Qwen2.5 the embedding has more rows than the tokenizer has ids."""
+    """A saved model folder. As in Qwen2.5, the embedding has more rows than the tokenizer has ids."""
     save_model(build_tiny(tokenizer.size + 4, dtype=torch.float32), tokenizer, tmp_path / "model")
     return tmp_path / "model"

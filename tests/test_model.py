@@ -21,12 +21,12 @@ from agents import Control
 from data import InputError
 from model import (
     MLP,
+    CachePass,
     KVCache,
     ModelConfig,
     RMSNorm,
     Sampler,
     Tokenizer,
-    Window,
     draw,
     load,
     rotary_angles,
@@ -153,8 +153,8 @@ def test_angles_are_right_inside_a_bfloat16_model(tiny, monkeypatch):
     """Angles, cosine and sine are computed in float32. Only the results are rounded to bfloat16."""
     seen = []
     monkeypatch.setattr(model_file, "rotate", lambda x, cos, sin: seen.append(torch.stack((cos, sin))) or x)
-    window = SimpleNamespace(positions=torch.tensor([[30000]]), write=lambda layer, k, v: (k, v), mask=None)
-    tiny(dtype=torch.bfloat16)(torch.tensor([[3]]), window)
+    past = SimpleNamespace(positions=torch.tensor([[30000]]), write=lambda layer, k, v: (k, v), mask=None)
+    tiny(dtype=torch.bfloat16)(torch.tensor([[3]]), past)
     angles = np.array([30000 * 100.0 ** (-i / 4) for i in range(4)])
     want = [np.cos(angles), np.sin(angles)]
     assert np.abs(seen[0].double().numpy().squeeze() - want).max() < 4e-3 + 2 ** -9
@@ -215,10 +215,10 @@ def test_init_weights_follow_the_seed_alone(tiny):
 def feed(model, cache, parts, filler=0):
     """One pass that feeds ids parts[i] to row i -> states and positions of each row."""
     new = torch.tensor([len(part) for part in parts])
-    window = Window(cache, new, int(new.max()))
-    states = model(pad(parts, filler), window)
-    window.close()
-    return [(states[i, :n], window.positions[i, :n].tolist()) for i, n in enumerate(new.tolist())]
+    past = CachePass(cache, new, int(new.max()))
+    states = model(pad(parts, filler), past)
+    past.close()
+    return [(states[i, :n], past.positions[i, :n].tolist()) for i, n in enumerate(new.tolist())]
 
 
 def feed_in_passes(model, rows, lengths, filler=0):

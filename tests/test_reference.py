@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import agents  # noqa: E402
 from data.world import RELATIONS, tool_for  # noqa: E402
-from model import KVCache, Sampler, Tokenizer, Window, load, save_model  # noqa: E402
+from model import CachePass, KVCache, Sampler, Tokenizer, load, save_model  # noqa: E402
 
 REAL = os.environ.get("MTR_QWEN")
 SHAPES = [(heads, kv_heads, tied) for heads, kv_heads in ((4, 4), (4, 2), (7, 1)) for tied in (True, False)]
@@ -76,12 +76,12 @@ def test_logits_past_position_30000_behind_a_cache(pair):
     ours, theirs = pair
     near, far = random_ids(ours, 1, 256), random_ids(ours, 1, 320)[:, 256:]
     cache = KVCache(ours, 1, FAR + 64)
-    window = Window(cache, torch.tensor([256]), 256)
-    ours(near, window)
+    past = CachePass(cache, torch.tensor([256]), 256)
+    ours(near, past)
     cache.length[:] = cache.longest = FAR
-    window = Window(cache, torch.tensor([64]), 64)
-    window.mask[..., 256:FAR] = -torch.inf
-    logits = ours.head(ours(far, window))
+    past = CachePass(cache, torch.tensor([64]), 64)
+    past.mask[..., 256:FAR] = -torch.inf
+    logits = ours.head(ours(far, past))
     memory = DynamicCache()
     theirs(near, past_key_values=memory)
     want = theirs(far, past_key_values=memory, position_ids=FAR + torch.arange(64)[None]).logits

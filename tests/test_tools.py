@@ -11,9 +11,10 @@ import pytest
 from test_agents import a_tool, maker_text, nobody, scripted
 
 import agents
-from agents import Call, Rejected, ToolMaker, Trace, Turn, check_tools, load_tools, run_calls
+from agents import Call, Rejected, ToolMaker, Trace, Turn, check_tools, run_calls
 from data import InputError
 from data.tools import read_tools, real
+from evaluate import load_tools
 
 ADDRESS = {"type": "object", "properties": {"street": {"type": "string"}, "zip": {"type": "string"}}, "required": ["street", "zip"]}
 OPEN = {"type": "object", "properties": {}}
