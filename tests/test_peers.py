@@ -1,5 +1,5 @@
-"""Our loss against TRL's own: GRPOTrainer._compute_loss is called as it is installed, on a stub in the
-trainer's place, so no number of TRL's is typed here. Needs tests/requirements-peers.txt."""
+"""Our loss is that of TRL. The installed GRPOTrainer._compute_loss is called on a stub in place of the trainer, so
+no number of TRL's is copied here. Needs tests/requirements-peers.txt."""
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("trl")
 from trl import GRPOTrainer  # noqa: E402
 
-from grpo import GRPOConfig, policy_loss, token_weights  # noqa: E402
+import grpo  # noqa: E402
+from grpo import GRPOConfig, Loss, policy_loss, token_weights  # noqa: E402
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 LOW, HIGH, MOST = 0.2, 0.28, 9  # both clip bounds, and the constant that dr_grpo divides by
@@ -22,8 +23,15 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def same_bounds(monkeypatch):
+    """The bounds that the stub has, for all four losses."""
+    settings = Loss(scale_std=True, clip_low=LOW, clip_high=HIGH, mask_overlong=False)
+    monkeypatch.setattr(grpo, "LOSSES", dict.fromkeys(LOSSES, settings))
+
+
 class OneProcess:
-    """What _compute_loss asks of accelerate when nothing is distributed."""
+    """The part of accelerate that _compute_loss uses, for one process."""
     num_processes = 1
     sync_gradients = True
 
@@ -37,8 +45,8 @@ class OneProcess:
 
 
 class Trainer:
-    """A stand-in for GRPOTrainer: its settings, and log-probabilities that are given instead of computed. TRL
-    has no loss_type "gspo": it is "grpo" with the importance sampling level "sequence"."""
+    """A stub of GRPOTrainer: its settings, and given log-probabilities. TRL has no loss_type "gspo". GSPO is its
+    "grpo" with the importance sampling level "sequence"."""
     aux_loss_enabled = use_vllm = vllm_importance_sampling_correction = _entropy_bonus_enabled = False
     top_entropy_quantile, off_policy_mask_threshold = 1.0, None
     epsilon_low, epsilon_high, max_completion_length = LOW, HIGH, MOST
@@ -61,8 +69,8 @@ class Trainer:
 
 
 def batch(seed, rows=6, width=8):
-    """Log-probabilities new, old and of the reference (B, T), advantages (B,), mask (B, T) with holes where
-    tools spoke. Where the mask is 0 all log-probabilities are 0, as ours are made."""
+    """Log-probabilities new, old and of the reference (B, T), advantages (B,), the rows' lengths as a mask and the
+    mask (B, T), which has holes for observations. Where the mask is 0 all log-probabilities are 0, as in ours."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, width + 1, (rows, 1), generator=g)
     finished = torch.arange(width) < lengths
@@ -76,7 +84,7 @@ def batch(seed, rows=6, width=8):
 
 
 def theirs(loss, beta, new, old, reference, advantage, finished, mask, rows=slice(None), parts=1):
-    """TRL's loss of some rows of a batch, and the metrics that it logs."""
+    """TRL's loss of some rows of a batch, and TRL's metrics."""
     trainer = Trainer(loss, beta, new[rows], parts)
     ids = torch.zeros_like(mask[rows], dtype=torch.long)
     inputs = {"prompt_ids": ids[:, :2], "prompt_mask": torch.ones_like(ids[:, :2]), "completion_ids": ids,
@@ -88,8 +96,8 @@ def theirs(loss, beta, new, old, reference, advantage, finished, mask, rows=slic
 
 
 def ours(loss, beta, new, old, reference, advantage, mask):
-    config = GRPOConfig(loss=loss, beta=beta, clip_low=LOW, clip_high=HIGH, trace_tokens=MOST)
-    weights = token_weights(mask, loss, config.trace_tokens)
+    config = GRPOConfig(loss=loss, beta=beta, trace_tokens=MOST)
+    weights = token_weights(mask.sum(1), loss, config.trace_tokens)
     old, reference = new.detach() if old is None else old, reference if beta else None
     return policy_loss(new, old, reference, advantage, mask, weights, config)
 
@@ -102,10 +110,10 @@ def slope(loss, x):
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_are_trls(loss, beta, seed):
-    """All four switches after the policy has moved, both clip bounds in play.
+    """All four losses after the policy has moved, with ratios beyond both bounds.
 
-    dr_grpo: TRL divides by rows times max_completion_length, we by rows times trace_tokens, which counts the
-    prompt too; both are a constant, here the same number."""
+    dr_grpo: TRL divides by rows times max_completion_length, we by rows times trace_tokens, which includes the
+    prompt. Both are constants, and here they are equal."""
     new, old, reference, advantage, finished, mask = batch(seed)
     new.requires_grad_()
     want, metrics = theirs(loss, beta, new, old, reference, advantage, finished, mask)
@@ -116,14 +124,14 @@ def test_loss_and_gradient_are_trls(loss, beta, seed):
     tokens = mask.sum()
     if beta:
         assert float(stats["kl"] / tokens) == pytest.approx(metrics["kl"][0], rel=1e-12)
-    if loss != "gspo":  # where TRL counts rows, we count tokens
+    if loss != "gspo":  # for gspo TRL counts rows, we count tokens
         for side in ("low", "high"):  # TRL takes the share in float32
             share = float(stats[f"clip_{side}"] / tokens)
             assert share == pytest.approx(metrics[f"clip_ratio/{side}_mean"][0], rel=1e-6)
 
 
 def test_the_batches_reach_both_bounds():
-    """Else the comparison above would say nothing of the clip."""
+    """Otherwise the comparison above would not test the clip."""
     for loss in LOSSES:
         low, high = 0.0, 0.0
         for seed in range(8):
@@ -135,7 +143,7 @@ def test_the_batches_reach_both_bounds():
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_first_update_is_trls(loss, beta):
-    """No old log-probabilities: TRL puts the policy's own, detached, in their place; so do we."""
+    """Without old log-probabilities, TRL takes the policy's own, detached. So do we."""
     new, _, reference, advantage, finished, mask = batch(100)
     new.requires_grad_()
     want, _ = theirs(loss, beta, new, None, reference, advantage, finished, mask)
@@ -147,10 +155,9 @@ def test_the_first_update_is_trls(loss, beta):
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_accumulation_is_trls(loss, parts):
-    """TRL's micro-batches of equal numbers of rows, added up, are our whole step: grpo, gspo and dr_grpo
-    divide each part by the number of parts, dapo divides by the tokens of the whole step. (With parts of
-    unequal numbers of rows TRL's first three would weigh a row by the size of its part; ours has one weight a
-    row however it is cut.)"""
+    """The sum of TRL's micro-batches, each with the same number of rows, is our whole step. TRL's grpo, gspo and
+    dr_grpo divide each part by the number of parts; dapo divides by the tokens of the whole step. With parts of
+    different sizes, the weight of a row in TRL's first three would depend on the size of its part. Ours does not."""
     new, old, reference, advantage, finished, mask = batch(200)
     new.requires_grad_()
     slices = [slice(i, i + 6 // parts) for i in range(0, 6, 6 // parts)]
