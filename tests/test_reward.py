@@ -1,7 +1,7 @@
-"""The composite reward: its order, each of its parts by hand, and what must gain nothing.
+"""The composite reward: the order of its values, each of its parts by hand, and tricks that must gain nothing.
 
-Every trace is built from the texts that a policy would say, read by the parser; calls are validated and
-answered by a scripted backend."""
+Every trace is built from the texts that a policy would generate. The parser reads them, calls are validated, and a
+scripted backend answers."""
 import itertools
 import json
 import random
@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from agents import UTILITIES, Rejected, Trace, check_tools, parse_turn, run_calls
-from grpo import GRPOConfig, reward, reward_arguments, reward_economy, reward_support, reward_valid
+import grpo
+from agents import UTILITIES, Trace, check_tools, parse_turn, run_calls
+from data.schema import Rejected
+from grpo import GRPOConfig, collect_evidence, reward
 
 QUESTION = "In which country was Ada Bo born, in 1815?"
 PARTS = ("grammar", "valid", "arguments", "support", "economy")
@@ -33,20 +35,19 @@ TOOLS = check_tools([
 ]) + list(UTILITIES.values())
 
 
-class Script:
-    """Answers each call with the next of its observations; `echo` repeats what it is told."""
+def script(observations):
+    """A backend that gives each call the next of these observations. `echo` repeats its arguments."""
+    left = list(observations)
 
-    def __init__(self, observations):
-        self.observations = list(observations)
-
-    def answer(self, requests):
+    def answer(requests):
         return [{"said": " ".join(str(v) for v in arguments.values())} if tool.name == "echo" else
-                self.observations.pop(0) for tool, arguments in requests]
+                left.pop(0) for tool, arguments in requests]
+    return answer
 
 
 def play(texts, observations=(), question=QUESTION, tools=TOOLS):
-    """The trace of a policy that says these texts, turn after turn, until it answers or is malformed."""
-    trace, backend = Trace(question, tools), Script(observations)
+    """The trace of a policy that generates these texts, turn by turn, until it answers or is malformed."""
+    trace, backend = Trace(question, tools), script(observations)
     for text in texts:
         turn = parse_turn(text)
         trace.turns.append(turn)
@@ -58,8 +59,13 @@ def play(texts, observations=(), question=QUESTION, tools=TOOLS):
     return trace
 
 
+def part(name, trace):
+    """One part of the reward of a trace."""
+    return grpo.PARTS[name](trace, collect_evidence(trace))
+
+
 def calls(*pairs):
-    """A turn of calls, (name, arguments) each."""
+    """The text of a turn with these calls, each (name, arguments)."""
     said = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in pairs]
     return "<think>Let me see.</think>\n" + "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in said)
 
@@ -77,13 +83,13 @@ TOLD = [{"city": "Velka"}, {"country": "Dumo"}]
 HONEST = [ADA, VELKA, answer("Dumo")]
 
 
-def score(texts, observations=(), golds=("Dumo",), config=GRPOConfig()):
-    return reward(play(texts, observations), list(golds), config)
+def score(texts, observations=(), golds=("Dumo",), config=None):
+    return reward(play(texts, observations), list(golds), config or GRPOConfig())
 
 
 # -------------------------------------------------------------------------------------- parts by hand
 
-# what is said, what is observed -> valid calls, arguments, support, economy
+# texts of the turns, observations -> valid, arguments, support, economy
 BY_HAND = {
     "all of use": (HONEST, TOLD, (1, 1, 1, 1)),
     "no call": ([answer("Dumo")], [], (None, None, 0, None)),
@@ -136,11 +142,11 @@ def test_parts_by_hand(name):
     texts, observations, expected = BY_HAND[name]
     trace = play(texts, observations)
     assert trace.status == "answered"
-    got = reward_valid(trace), reward_arguments(trace), reward_support(trace), reward_economy(trace)
-    assert got == pytest.approx(expected)
+    assert list(grpo.PARTS) == list(PARTS)
+    assert [part(name, trace) for name in PARTS] == pytest.approx([1, *expected])
     applies = [1.0, *(value for value in expected if value is not None)]
     whole = reward(trace, ["no such answer"], GRPOConfig())
-    assert [whole[part] for part in PARTS] == pytest.approx([1, *expected])
+    assert [whole[name] for name in PARTS] == pytest.approx([1, *expected])
     assert whole["consistency"] == pytest.approx(sum(applies) / len(applies))
     assert whole["answer"] == 0 and whole["reward"] == pytest.approx(0.3 * whole["consistency"])
 
@@ -157,10 +163,54 @@ def test_answer_by_hand(said, golds, partial, expected):
     assert got["reward"] == pytest.approx(0.7 * expected + 0.3 * got["consistency"])
 
 
-def test_what_a_calculator_makes_of_what_was_told():
+def test_evidence_by_hand():
+    """Two turns of two calls. The second turn repeats a call of the first, with its arguments in another order."""
+    trace = play([
+        calls(("birthplace", {"person": "Ada Bo"}), ("country", {"city": "Velka", "unit": "land"})),
+        calls(("country", {"unit": "land", "city": "Velka"}), ("calculator", {"expression": "1815 - 12"})),
+        calls(("oracle", {}), ("country", {"unit": "land", "city": "Velka", "sure": True})), answer("x")],
+        [{"city": "Velka", "of": "Ada"}, {"country": "Dumo", "people": 12}, {"country": "Dumo", "people": 12},
+         {"error": "Pata"}])
+    got = collect_evidence(trace)
+    assert [e.call for e in got] == trace.calls and [e.turn for e in got] == [0, 0, 1, 1, 2, 2]
+    assert [e.repeated for e in got] == [False, False, True, False, False, False]
+    # Velka comes from an observation of turn 0, so it is grounded from turn 1 on. unit is an enum, sure a boolean.
+    assert [e.grounded for e in got] == [[True], [False], [True], [True], [], [True]]
+    assert [e.values for e in got] == [["Velka", "Ada"], ["Dumo", 12], ["Dumo", 12], [1803], [], []]
+    assert [e.new for e in got] == [["Velka"], ["Dumo", 12], ["Dumo", 12], [1803], [], []]
+    assert [e.own for e in got[:4]] == [{"ada", "bo", "person"}, {"velka", "land", "city", "unit"},
+                                        {"velka", "land", "city", "unit"}, {"1815", "12", "expression"}]
+    assert got[4].own == set() and got[5].own == {"velka", "land", "city", "unit", "sure"}
+
+
+@pytest.mark.parametrize("expression, grounded, new", [("1815 * 1", [False], []), ("1815 * 1815 / 1815", [True], [1815.0])])
+def test_a_result_of_grounded_arguments_is_new_even_if_it_equals_one(expression, grounded, new):
+    evidence, = collect_evidence(play([call("calculator", expression=expression), answer("x")]))
+    assert (evidence.grounded, evidence.new) == (grounded, new)
+
+
+@pytest.mark.parametrize("value, sources, expected", [
+    ("Velka", ["old Velka."], True), ("Vel", ["Velka"], False), ("the VELKA", ["velka"], True), ("", [""], False),
+    ("...", ["..."], False), (12, ["12 people"], True), (1, ["12"], False), ("12", [12], True),
+    ("1 + 2", ["1", 2], True), ("1 + 3", ["1", "2"], False), ("(1.5 - 2)", ["from 1.5", "to 2"], True),
+    ("x1", ["1"], False), ("1 é", ["1"], False), ("+ -", ["1"], False), ("1", [], False)])
+def test_in_sources_by_hand(value, sources, expected):
+    assert grpo.in_sources(value, sources) is expected
+
+
+def test_values_and_words_by_hand():
+    assert grpo.leaves({"a": [1, True, None, {"b": "x"}], "c": 2.5, "d": [[], {}]}) == [1, "x", 2.5]
+    assert grpo.words("The U.S.", 12, "us co-op") == {"us", "12", "coop"} and grpo.words() == set()
+    assert grpo.same("The Bo.", "bo") and grpo.same(1, "1") and not grpo.same("bo", "bo b")
+    assert not grpo.same("", "") and not grpo.same("a", "The")
+    assert grpo.holds("in old Velka!", "the old velka") and grpo.holds(1815, "1815")
+    assert not grpo.holds("Velkas", "Velka") and not grpo.holds("a b", "a") and not grpo.holds("x", "")
+
+
+def test_a_calculators_result_from_an_observation_is_support():
     texts = [call("census"), call("calculator", expression="1815 - 12"), answer("1803")]
     trace = play(texts, [{"people": 12}])
-    assert (reward_valid(trace), reward_support(trace), reward_economy(trace)) == (1, 1, 1)
+    assert [part(name, trace) for name in ("valid", "support", "economy")] == [1, 1, 1]
 
 
 MALFORMED = {
@@ -180,16 +230,16 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_breaks_the_grammar_has_nothing(name):
+def test_a_malformed_trace_has_no_reward(name):
     trace = play(MALFORMED[name], TOLD)
     assert trace.status == "malformed"
     got = reward(trace, ["Dumo"], GRPOConfig())
     assert (got["reward"], got["answer"], got["consistency"], got["grammar"]) == (0, 0, 0, 0)
-    assert all(got[part] is None for part in PARTS[1:])
+    assert all(got[name] is None for name in PARTS[1:])
 
 
 @pytest.mark.parametrize("texts", [[ADA], [ADA, VELKA]])
-def test_a_trace_that_was_cut_off_has_nothing(texts):
+def test_a_truncated_trace_has_no_reward(texts):
     trace = play(texts, TOLD)
     assert trace.status == "truncated" and reward(trace, ["Dumo"], GRPOConfig())["reward"] == 0
 
@@ -198,19 +248,19 @@ def test_a_trace_that_was_cut_off_has_nothing(texts):
 
 
 def worst_right(n, said="Dumo"):
-    """All but the answer as bad as it gets: n calls that don't fit, their arguments from nowhere, a guess."""
+    """A right answer with the lowest consistency: n refused calls, no argument grounded, a guess."""
     return play([calls(*[("birthplace", {"city": f"Lorn {i}"}) for i in range(n)]), answer(said)])
 
 
 def best_wrong():
-    """Wrong, though every part is 1."""
+    """A wrong answer with every part 1."""
     return play(HONEST, TOLD[:1] + [{"country": "Dumo"}])
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 50])
 def test_the_ends_in_closed_form(n):
-    """With floor = (1 + 1 / (1 + n)) / 5: worst right w_a + w_c floor, worst wrong w_c floor, best wrong
-    w_a p F1 + w_c."""
+    """With floor = (1 + 1 / (1 + n)) / 5, the rewards are w_a + w_c floor for the worst right trace, w_c floor for
+    the worst wrong one, and w_a p F1 + w_c for the best wrong one."""
     config = GRPOConfig(w_answer=0.8, w_consistency=0.4, partial=0.25)
     floor = (1 + 1 / (1 + n)) / 5
     assert reward(worst_right(n), ["Dumo"], config)["reward"] == pytest.approx(0.8 + 0.4 * floor)
@@ -220,15 +270,15 @@ def test_the_ends_in_closed_form(n):
 
 
 def swapped():
-    """Wrong with token F1 1 and every part 1: the right words in the wrong order."""
+    """A wrong answer with token F1 1 and every part 1: the right words in the wrong order."""
     return play([ADA, VELKA, answer("East Dumo")], [TOLD[0], {"country": "East Dumo"}])
 
 
 @pytest.mark.parametrize("w_answer, w_consistency, partial",
                          [*itertools.product([0.05, 0.25, 0.7, 1.0], [0.05, 0.3, 0.9], [0.0, 0.1, 0.5, 0.9])])
-def test_the_config_accepts_just_what_keeps_the_order(w_answer, w_consistency, partial):
-    """Accepted: the worst right trace beats the best wrong one, whatever the number of bad calls. Refused:
-    some number of bad calls turns them round."""
+def test_the_config_accepts_exactly_the_weights_that_keep_the_order(w_answer, w_consistency, partial):
+    """If the weights are accepted, the worst right trace beats the best wrong one, for any number of bad calls. If
+    they are refused, some number of bad calls reverses the order."""
     weights = {"w_answer": w_answer, "w_consistency": w_consistency, "partial": partial}
     bare = SimpleNamespace(**weights)
     right = reward(worst_right(400, "Dumo East"), ["Dumo East"], bare)["reward"]
@@ -245,19 +295,20 @@ class Ranks:
     """Smallest and largest reward of right, wrong and malformed traces, and the values of each part."""
 
     def __init__(self):
-        self.range, self.seen = {}, set()
+        self.range = {}
+        self.seen = set()
 
     def add(self, kind, got):
         low, high = self.range.get(kind, (9, -9))
         self.range[kind] = min(low, got["reward"]), max(high, got["reward"])
-        self.seen |= {(kind, part, got[part]) for part in PARTS} | {(kind, "consistency", got["consistency"])}
+        self.seen |= {(kind, name, got[name]) for name in (*PARTS, "consistency")}
 
 
 NAMES = ["Velka", "Dumo", "Lorn", "Bo", "Pata", "East Dumo", "Dumo East", "1815"]
 
 
 def random_turn(rng):
-    """One to three calls, good and bad, or now and then what isn't a call at all."""
+    """One to three calls, good and bad. Some turns have one more that isn't a JSON object."""
     made = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         name = rng.choice(["birthplace", "country", "census", "echo", "oracle"])
@@ -268,7 +319,7 @@ def random_turn(rng):
 
 
 def random_trace(rng):
-    """Honest, careless, guessing or broken, with observations that fit, don't, or are errors."""
+    """An honest, careless, guessing or broken trace. Its observations fit, don't fit, or are errors."""
     style = rng.random()
     gold = rng.choice(["Dumo", "East Dumo"])
     said = rng.choice([gold, gold, *NAMES, "", "The"])
@@ -295,9 +346,9 @@ CORNERS = {"valid": (None, 1, 1 / 2, 1 / 10), "arguments": (None, 0, 1, 1 / 2), 
     {}, {"w_answer": 0.2401, "w_consistency": 0.3}, {"partial": 0.5},
     {"w_answer": 1.0, "w_consistency": 1.0, "partial": 0.19}], ids=str)
 def test_right_before_wrong_before_malformed(weights):
-    """3,000 traces. Every part takes its corner values among the right and among the wrong ones."""
+    """3,000 traces. Each part takes its corner values both in right and in wrong traces."""
     config, ranks, rng = GRPOConfig(**weights), Ranks(), random.Random("traces")
-    for n in range(3000):
+    for _ in range(3000):
         trace, gold = random_trace(rng)
         got = reward(trace, [gold], config)
         kind = "malformed" if trace.status != "answered" else "right" if trace.answer == gold else "wrong"
@@ -308,14 +359,14 @@ def test_right_before_wrong_before_malformed(weights):
     (right, _), (wrong_low, wrong), (_, malformed) = (ranks.range[k] for k in ("right", "wrong", "malformed"))
     assert right > wrong and wrong_low > malformed == 0
     for kind in ("right", "wrong"):
-        for part, corners in CORNERS.items():
-            assert {(kind, part, value) for value in corners} <= ranks.seen, (kind, part)
+        for name, corners in CORNERS.items():
+            assert {(kind, name, value) for value in corners} <= ranks.seen, (kind, name)
     assert ("malformed", "grammar", 0) in ranks.seen
 
 
-# --------------------------------------------------------------------------------- what gains nothing
+# -------------------------------------------------------------------------- tricks that gain nothing
 
-# Each: what is said and observed, and the same without the trick. The gold answer is Dumo.
+# For each: texts and observations with the trick, and without it. The gold answer is Dumo.
 LORN = "<answer>Lorn</answer>"
 GUESS = f"<think>x</think>{LORN}"
 QUOTED = ADA.replace("<think>Let me see.</think>", "")
@@ -386,32 +437,32 @@ def test_a_hack_gains_nothing(name):
 
 @pytest.mark.parametrize("name", [name for name in HACKS if "guess" in name])
 def test_a_guess_has_no_support(name):
-    assert reward_support(play(*HACKS[name][0])) == 0
+    assert part("support", play(*HACKS[name][0])) == 0
 
 
 @pytest.mark.parametrize("said", ["", " ", "a", "The", "...", "!"])
 @pytest.mark.parametrize("gold", ["A", "The", "Dumo"])
 def test_an_empty_answer_is_never_right(said, gold):
-    """The official rule calls "" right where the gold answer is "A"; the reward doesn't."""
+    """By the official rule "" is right if the gold answer is "A". The reward does not follow it here."""
     assert score([ADA, answer(said)], [{"city": "a"}], [gold])["answer"] == 0
-    assert reward_support(play([ADA, answer(said)], [{"city": "a"}])) == 0
+    assert part("support", play([ADA, answer(said)], [{"city": "a"}])) == 0
     computed = call("compare", names=["The"], values=[1], pick="largest")
-    assert reward_support(play([computed, answer(said)])) == 0
+    assert part("support", play([computed, answer(said)])) == 0
 
 
 def test_calling_pays_but_less_than_being_right():
-    """The wanted order: supported and right, guessed and right, supported and wrong, guessed and wrong."""
+    """The order from best to worst: supported and right, guessed and right, supported and wrong, guessed and wrong."""
     order = (HONEST, TOLD), ([GUESS], [], ["Lorn"]), (HONEST, TOLD, ["Lorn"]), ([GUESS],)
     rewards = [score(*args)["reward"] for args in order]
     assert rewards == sorted(set(rewards), reverse=True)
 
 
-# --------------------------------------------------------------------- what a model may write must not raise
+# ------------------------------------------------------- no text that a model may generate raises
 
 
 @pytest.mark.parametrize("schema", [True, {}, {"enum": ["x"]}, {"type": ["string", "null"]}], ids=str)
 def test_any_schema_that_is_let_in_can_be_scored(schema):
-    """JSON Schema allows true where a property's schema stands: refuse it, or score what comes of it."""
+    """JSON Schema allows true as the schema of a property. Such a tool is refused, or its calls can be scored."""
     try:
         tools = check_tools([spec("odd", {}, value=schema)])
     except Rejected:
