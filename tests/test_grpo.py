@@ -1,10 +1,12 @@
-"""Stage 2's arithmetic: advantages, weights, clip, KL, and one whole update of a tiny model.
+"""Stage 2's arithmetic: advantages, weights, clip, KL, and whole updates of a tiny model.
 
-Numbers are worked out by hand or by a slow reference in plain Python floats. All of it is in float64, except
-where a test says float32."""
+The expected numbers are worked out by hand or by a slow reference in plain Python floats. All tests are in
+float64, except those that take the fixture single_precision."""
 import copy
+import json
 import math
 import random
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +16,13 @@ import torch
 import grpo
 from agents import Call, Trace, Turn
 from data import InputError
-from grpo import GRPOConfig, advantages, policy_loss, token_weights, update
+from grpo import GRPOConfig, Loss, advantages, policy_loss, token_weights, update
 from model import ModelConfig, Sampler, Transformer
 from run import command_line
 from sft import SFTConfig, make_optimizer, pad
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
+PAPERS = grpo.LOSSES  # the settings of the four papers; the fixture below replaces the table
 VOCAB = 40
 
 
@@ -37,20 +40,35 @@ def single_precision(double_precision, monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """All four losses get the same settings, so they differ in weight and ratio only. A test may call it again."""
+    def use(**more):
+        own = {"scale_std": True, "clip_low": 0.2, "clip_high": 0.28, "mask_overlong": False, **more}
+        monkeypatch.setattr(grpo, "LOSSES", dict.fromkeys(LOSSES, Loss(**own)))
+
+    use()
+    return use
+
+
 def config(loss="grpo", **more):
-    own = {"clip_low": 0.2, "clip_high": 0.28, "scale_std": True, "mask_overlong": False}  # the same for all losses
-    return GRPOConfig(loss=loss, **{"clip_norm": 1e9, "trace_tokens": 10, **own, **more})
+    return GRPOConfig(loss=loss, **{"clip_norm": 1e9, "trace_tokens": 10, **more})
 
 
 def tensor(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def loss_and_gradient(logprobs, old, reference, advantage, mask, weights, cfg):
+def loss_and_gradient(logprobs, old, reference, advantage, mask, weight, cfg):
     logprobs = logprobs.detach().clone().requires_grad_()
-    loss, stats = policy_loss(logprobs, old, reference, advantage, mask, weights, cfg)
+    loss, stats = policy_loss(logprobs, old, reference, advantage, mask, weight, cfg)
     loss.backward()
     return loss.item(), logprobs.grad, {name: float(value) for name, value in stats.items()}
+
+
+def weights_of(mask, loss, most=10):
+    """mask (B, T) -> the weight (B,) of each row's tokens."""
+    return token_weights(mask.sum(1), loss, most)
 
 
 # ------------------------------------------------------------------------------------------ advantages
@@ -85,7 +103,7 @@ def test_a_group_of_one_is_zero(scale_std):
     ([1.0, math.nan, math.nan], [0.0, 0.0, 0.0]),
     ([math.nan] * 3, [0.0, 0.0, 0.0]),
 ])
-def test_a_nan_reward_has_no_part(rewards, expected):
+def test_a_nan_reward_is_ignored(rewards, expected):
     groups = torch.zeros(3, dtype=torch.long)
     assert advantages(tensor(rewards), groups, False).tolist() == expected
     std = 0.5 + 1e-4
@@ -102,18 +120,28 @@ def test_groups_may_be_interleaved():
     assert not torch.equal(scaled, advantages(rewards, torch.zeros(6, dtype=torch.long), True))
 
 
-def test_a_question_asked_twice_is_two_groups():
-    """Equal questions, one group right half of the time, the other once: each has its own mean."""
-    rewards = tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    a = advantages(rewards, torch.arange(2).repeat_interleave(4), False)
-    assert a.tolist() == [0.5, -0.5, 0.5, -0.5, -0.25, -0.25, -0.25, 0.75]
+def test_a_question_asked_twice_is_two_groups(settings):
+    """The groups are neighbours, not traces of an equal question. In the first group half of the traces are
+    right, in the second one of four: each group has its own mean."""
+    settings(scale_std=False)
+    traces = [Trace("Who?") for _ in range(8)]
+    rewards = [{"reward": r} for r in (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)]
+    grpo.set_advantages(traces, rewards, config(group=4))
+    assert [t.advantage for t in traces] == [0.5, -0.5, 0.5, -0.5, -0.25, -0.25, -0.25, 0.75]
+
+
+def test_set_advantages_divides_by_the_std_if_the_loss_does():
+    """Rewards 1 and 0: deviations 0.5 and -0.5, population standard deviation 0.5."""
+    traces, rewards = [Trace(), Trace()], [{"reward": 1.0}, {"reward": 0.0}]
+    grpo.set_advantages(traces, rewards, config(group=2))
+    assert [t.advantage for t in traces] == pytest.approx([0.5 / (0.5 + 1e-4), -0.5 / (0.5 + 1e-4)], rel=1e-12)
 
 
 # --------------------------------------------------------------------------------- weights of two rows
 
-# Two rows, 2 and 6 tokens that were sampled; the holes are observations. The ratios of the first row are 1.1
-# and 0.9, of the second 1.5, 1.2, 1, 1, 0.9, 0.5; the advantages are 1 and -0.5. With bounds of 0.8 and 1.28,
-# min(r A, clip(r) A) is
+# Two rows with 2 and 6 sampled tokens. The zeros between them are observations. The ratios of the first row
+# are 1.1 and 0.9, of the second 1.5, 1.2, 1, 1, 0.9, 0.5. The advantages are 1 and -0.5. With bounds of 0.8 and
+# 1.28, min(r A, clip(r) A) is
 #   1.1, 0.9                                   sum  2.0
 #   -0.75, -0.6, -0.5, -0.5, -0.45, -0.4       sum -3.2 (the ratio 0.5 is clipped)
 MASK = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 1, 0, 1, 1]], dtype=torch.bool)
@@ -122,7 +150,7 @@ TWO = tensor([1.0, -0.5])
 EXPECTED = {
     "grpo": -(2.0 / 2 - 3.2 / 6) / 2,                        # mean of the rows' means
     "dapo": -(2.0 - 3.2) / 8,                                # mean of all tokens
-    "dr_grpo": -(2.0 - 3.2) / (2 * 10),                      # 10: the longest trace there may be
+    "dr_grpo": -(2.0 - 3.2) / (2 * 10),                      # 10: --trace-tokens
     "gspo": -(0.99 ** (1 / 2) - 0.5 * 0.81 ** (1 / 6)) / 2,  # 1.1 · 0.9; 1.5 · 1.2 · 0.9 · 0.5
 }
 
@@ -131,44 +159,50 @@ EXPECTED = {
     ("grpo", 1 / 4, 1 / 12, 1), ("gspo", 1 / 4, 1 / 12, 1), ("dapo", 1 / 8, 1 / 8, 1),
     ("dr_grpo", 1 / 20, 1 / 20, 0.4)])
 def test_weights_of_two_rows(loss, first, second, total):
-    weights = token_weights(MASK, loss, 10)
-    assert weights[0][MASK[0]].tolist() == pytest.approx([first] * 2, rel=1e-12)
-    assert weights[1][MASK[1]].tolist() == pytest.approx([second] * 6, rel=1e-12)
-    assert weights[~MASK].tolist() == [0.0] * 10
-    assert float(weights.sum()) == pytest.approx(total, rel=1e-12)
+    weights = token_weights(torch.tensor([2, 6]), loss, 10)
+    assert weights.tolist() == pytest.approx([first, second], rel=1e-12)
+    assert float(2 * weights[0] + 6 * weights[1]) == pytest.approx(total, rel=1e-12)
+    traces = [Trace(mask=row) for row in MASK.int().tolist()]  # the same from whole traces
+    grpo.set_weights(traces, config(loss))
+    assert [t.weight for t in traces] == weights.tolist()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_of_two_rows(loss):
     old = torch.full((2, 9), -1.0)
     value, gradient, stats = loss_and_gradient(old + RATIOS.log(), old, None, TWO, MASK,
-                                               token_weights(MASK, loss, 10), config(loss))
+                                               weights_of(MASK, loss), config(loss))
     assert value == pytest.approx(EXPECTED[loss], rel=1e-12)
     assert (gradient[~MASK] == 0).all()
     assert stats == {"kl": 0, "clip_low": 0 if loss == "gspo" else 1, "clip_high": 0}
 
 
 def test_the_first_update_of_two_rows():
-    """All ratios 1: rows of 2 and 6 tokens, advantages 1 and -0.5."""
+    """All ratios are 1. The rows have 2 and 6 tokens, the advantages are 1 and -0.5."""
     old = torch.full((2, 9), -1.0)
     mean = -(1 - 0.5) / 2
     expected = {"grpo": mean, "dapo": -(2 - 3) / 8, "dr_grpo": -(2 - 3) / 20, "gspo": mean}
     for loss in LOSSES:
-        weights = token_weights(MASK, loss, 10)
-        value, _, _ = loss_and_gradient(old, old, None, TWO, MASK, weights, config(loss))
+        value, _, _ = loss_and_gradient(old, old, None, TWO, MASK, weights_of(MASK, loss), config(loss))
         assert value == pytest.approx(expected[loss], rel=1e-12), loss
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_row_without_a_token_weighs_nothing(loss):
-    weights = token_weights(torch.tensor([[False, False], [False, True]]), loss, 10)
-    assert weights[0].tolist() == [0.0, 0.0] and bool(weights.isfinite().all()) and weights[1, 1] > 0
+    """It adds nothing to loss and gradient, and the other row keeps its weight."""
+    mask = torch.tensor([[False, False], [False, True]])
+    weights, old = weights_of(mask, loss), torch.full((2, 2), -1.0)
+    assert bool(weights.isfinite().all())
+    assert float(weights[1]) == pytest.approx({"dapo": 1, "dr_grpo": 1 / 20}.get(loss, 1 / 2), rel=1e-12)
+    value, gradient, _ = loss_and_gradient(old, old, None, tensor([3.0, 1.0]), mask, weights, config(loss))
+    assert value == pytest.approx(-float(weights[1]), rel=1e-12)
+    assert gradient[0].tolist() == [0.0, 0.0] and gradient[1, 1] < 0
 
 
 # ---------------------------------------------------------------------------------------------- clip
 
-# ratio, advantage -> what the token adds to J, and the gradient of that with respect to its log-probability.
-# Bounds 0.8 and 1.28: 0.75 and 1.25 lie on the two sides of symmetrical bounds of 0.2.
+# ratio, advantage -> the token's term of J, and the gradient of this term by its log-probability. The bounds are
+# 0.8 and 1.28. With a symmetrical bound of 0.2, the ratio 1.25 would be clipped.
 CLIP = [
     (0.7, 1, 0.7, 0.7), (0.79, 1, 0.79, 0.79), (0.81, 1, 0.81, 0.81), (1.0, 1, 1.0, 1.0),
     (1.25, 1, 1.25, 1.25), (1.27, 1, 1.27, 1.27), (1.29, 1, 1.28, 0.0), (1.4, 1, 1.28, 0.0),
@@ -180,10 +214,10 @@ CLIP = [
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("ratio, sign, value, gradient", CLIP)
 def test_clip(ratio, sign, value, gradient, loss):
-    """Both signs of the advantage on both sides of both bounds; the advantage is 2, the weight 0.25."""
+    """Both signs of the advantage, both sides of both bounds. The advantage is 2 or -2, the weight 0.25."""
     old, mask = tensor([[-3.0]]), torch.tensor([[True]])
     got, slope, stats = loss_and_gradient(old + math.log(ratio), old, None, tensor([2.0 * sign]), mask,
-                                          tensor([[0.25]]), config(loss))
+                                          tensor([0.25]), config(loss))
     assert got == pytest.approx(-0.5 * value, rel=1e-12)
     assert slope.item() == pytest.approx(-0.5 * gradient, rel=1e-12)
     assert stats["clip_low"] == (ratio < 0.8 and sign < 0)
@@ -191,20 +225,23 @@ def test_clip(ratio, sign, value, gradient, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_each_bound_has_a_switch_of_its_own(loss):
-    old, mask, one = tensor([[-3.0]]), torch.tensor([[True]]), tensor([[1.0]])
+def test_each_bound_is_a_setting_of_its_own(loss, settings):
+    old, mask, one = tensor([[-3.0]]), torch.tensor([[True]]), tensor([1.0])
     for low, high, ratio, sign, alive in ((0.2, 0.28, 1.25, 1, True), (0.2, 0.2, 1.25, 1, False),
                                           (0.28, 0.2, 0.75, -1, True), (0.2, 0.2, 0.75, -1, False)):
-        _, slope, _ = loss_and_gradient(old + math.log(ratio), old, None, tensor([float(sign)]), mask, one,
-                                        config(loss, clip_low=low, clip_high=high))
+        settings(clip_low=low, clip_high=high)
+        _, slope, stats = loss_and_gradient(old + math.log(ratio), old, None, tensor([float(sign)]), mask, one,
+                                            config(loss))
         assert (slope.item() != 0) == alive
+        assert stats["clip_low"] + stats["clip_high"] == (not alive)
 
 
 def test_gspo_clips_the_whole_row():
-    """Geometric mean of 1.6 and 1.2 is 1.386: both tokens lose their gradient; 1.2 alone would keep it."""
+    """The geometric mean of 1.6 and 1.2 is 1.386, so both tokens lose their gradient. With a ratio per token,
+    the second keeps it."""
     mask = torch.ones(1, 2, dtype=torch.bool)
     old, moved = torch.full((1, 2), -2.0), torch.full((1, 2), -2.0) + tensor([[1.6, 1.2]]).log()
-    weights = token_weights(mask, "gspo", 10)
+    weights = weights_of(mask, "gspo")
     _, sequence, stats = loss_and_gradient(moved, old, None, tensor([1.0]), mask, weights, config("gspo"))
     _, token, _ = loss_and_gradient(moved, old, None, tensor([1.0]), mask, weights, config("grpo"))
     assert sequence.tolist() == [[0.0, 0.0]] and stats["clip_high"] == 2
@@ -212,36 +249,36 @@ def test_gspo_clips_the_whole_row():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_stands_where_the_mask_is_zero_has_no_part(loss):
-    """Numbers at masked positions, even such as overflow, change neither loss nor gradient nor statistics."""
+def test_masked_numbers_have_no_effect(loss):
+    """Numbers at masked positions change neither loss nor gradient nor statistics, even if they would overflow."""
     g = torch.Generator().manual_seed(1)
     old, reference = -torch.rand(2, 9, generator=g), -torch.rand(2, 9, generator=g)
-    logprobs, weights, cfg = old + RATIOS.log(), token_weights(MASK, loss, 10), config(loss, beta=0.1)
+    logprobs, weights, cfg = old + RATIOS.log(), weights_of(MASK, loss), config(loss, beta=0.1)
     clean = loss_and_gradient(logprobs * MASK, old * MASK, reference * MASK, TWO, MASK, weights, cfg)
     dirty = loss_and_gradient(torch.where(MASK, logprobs, 1e4), torch.where(MASK, old, -1e4),
                               torch.where(MASK, reference, 3e4), TWO, MASK, weights, cfg)
     assert clean[0] == dirty[0] and torch.equal(clean[1], dirty[1]) and clean[2] == dirty[2]
 
 
-# -------------------------------------------------------------------------- the four switches, compared
+# ---------------------------------------------------------------------------- the four losses, compared
 
 
-def gradients(logprobs, old, advantage, mask, most=10):
-    return {loss: loss_and_gradient(logprobs, old, None, advantage, mask, token_weights(mask, loss, most),
+def gradients(logprobs, old, advantage, mask):
+    return {loss: loss_and_gradient(logprobs, old, None, advantage, mask, weights_of(mask, loss),
                                     config(loss))[1] for loss in LOSSES}
 
 
 def ragged(seed, lengths=(2, 6, 3, 5)):
-    """old (B, T), advantage (B,), mask (B, T) of rows of these lengths."""
+    """old (B, T), advantage (B,) and mask (B, T) for rows of these lengths."""
     g = torch.Generator().manual_seed(seed)
     T = max(lengths)
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     return -torch.rand(len(lengths), T, generator=g) - 0.1, torch.randn(len(lengths), generator=g), mask
 
 
-def test_at_the_first_update_the_switches_differ_by_the_normaliser_alone():
-    """Ratio 1 everywhere: each row's gradient is -A times a constant of the row. gspo's is grpo's; dapo's row
-    i is grpo's times N |o_i| / sum |o|; dr_grpo's is dapo's times one number, sum |o| / (N L)."""
+def test_at_the_first_update_the_losses_differ_only_in_the_weight():
+    """All ratios are 1, so the gradient of a row is -A times its weight. The gradient of gspo is that of grpo.
+    Row i of dapo is row i of grpo times N |o_i| / sum |o|. dr_grpo is dapo times one number, sum |o| / (N L)."""
     old, advantage, mask = ragged(0)
     g, lengths = gradients(old, old, advantage, mask), mask.sum(1, keepdim=True)
     assert torch.allclose(g["grpo"], mask * -advantage[:, None] / (4 * lengths), rtol=1e-12)
@@ -259,9 +296,9 @@ def test_with_rows_of_one_length_the_first_update_has_one_direction():
     assert torch.allclose(g["dr_grpo"], g["grpo"] * 5 / 10, rtol=1e-12)
 
 
-def test_once_the_policy_has_moved_gspo_is_of_another_kind():
-    """grpo, dapo and dr_grpo still differ by a constant a row (ratio and clip are the same for all three);
-    gspo gives all tokens of a row the same gradient, which theirs no longer have."""
+def test_after_the_policy_has_moved_gspo_differs_in_kind():
+    """grpo, dapo and dr_grpo have the same ratio and clip, so they still differ by a constant per row. Only gspo
+    gives all tokens of a row the same gradient."""
     old, advantage, mask = ragged(2)
     moved = old + 0.1 * torch.randn(old.shape, generator=torch.Generator().manual_seed(3))
     g, lengths = gradients(moved, old, advantage, mask), mask.sum(1, keepdim=True)
@@ -277,8 +314,8 @@ def test_once_the_policy_has_moved_gspo_is_of_another_kind():
 
 
 def test_k3_by_hand():
-    """The reference finds the token twice as likely: k3 = 2 - log 2 - 1; its slope in log pi is 1 - 2."""
-    mask, weights, cfg = torch.tensor([[True]]), tensor([[0.5]]), config(beta=0.1)
+    """Under the reference the token is twice as likely: k3 = 2 - log 2 - 1, and its slope in log pi is 1 - 2."""
+    mask, weights, cfg = torch.tensor([[True]]), tensor([0.5]), config(beta=0.1)
     old = tensor([[-2.0]])
     value, slope, stats = loss_and_gradient(old, old, old + math.log(2), tensor([0.0]), mask, weights, cfg)
     assert value == pytest.approx(0.5 * 0.1 * (1 - math.log(2)), rel=1e-12)
@@ -287,17 +324,17 @@ def test_k3_by_hand():
 
 
 def categorical():
-    """Parameters of a policy over 5 tokens, a reference q, and what is made of them."""
+    """Parameters theta of a policy over 5 tokens, its log-probabilities, and those of a reference q."""
     theta = tensor([0.3, -1.0, 0.8, 0.0, -0.4]).requires_grad_()
     log_q = tensor([-0.5, 0.4, 0.9, -1.2, 0.1]).log_softmax(-1)
     return theta, theta.log_softmax(-1), log_q
 
 
 def expected_k3(log_p, log_q, sampled_from, beta=1.0):
-    """E[k3] by enumeration, through the loss: one row a token, weighted by how often it is sampled."""
+    """E[k3] by enumeration, through the loss: one row per token, weighted by the probability to sample it."""
     mask = torch.ones(5, 1, dtype=torch.bool)
     loss, _ = policy_loss(log_p[:, None], log_p.detach()[:, None], log_q[:, None], torch.zeros(5), mask,
-                          sampled_from[:, None], config(beta=beta))
+                          sampled_from, config(beta=beta))
     return loss
 
 
@@ -317,8 +354,8 @@ def test_expected_gradient_of_k1_is_zero():
 
 
 def test_the_gradient_of_expected_k3_is_that_of_the_other_kl():
-    """Sampled from the policy itself, E[grad k3] = sum p (1 - q/p) grad log p = -sum q grad log p: the
-    gradient of KL(reference, policy), p - q in a softmax's parameters, and not of KL(policy, reference)."""
+    """Sampled from the policy, E[grad k3] = sum p (1 - q/p) grad log p = -sum q grad log p. This is the gradient
+    of KL(reference, policy), p - q in the parameters of a softmax. It is not that of KL(policy, reference)."""
     theta, log_p, log_q = categorical()
     p, q = log_p.detach().exp(), log_q.exp()
     ours, = torch.autograd.grad(expected_k3(log_p, log_q, p), theta, retain_graph=True)
@@ -329,7 +366,7 @@ def test_the_gradient_of_expected_k3_is_that_of_the_other_kl():
 
 
 def test_off_policy_the_gradient_of_k3_is_weighted_by_the_old_policy():
-    """Sampled from an older policy o, E_o[grad k3] = sum o (1 - q/p) grad log p: no ratio corrects it."""
+    """Sampled from an older policy o, E_o[grad k3] = sum o (1 - q/p) grad log p. No ratio corrects it."""
     theta, log_p, log_q = categorical()
     o = tensor([0.1, 0.2, 0.3, 0.25, 0.15])
     p, q = log_p.detach().exp(), log_q.exp()
@@ -341,8 +378,8 @@ def test_off_policy_the_gradient_of_k3_is_weighted_by_the_old_policy():
 def test_k3_is_at_least_zero_and_zero_at_equality():
     g = torch.Generator().manual_seed(0)
     logprobs, reference = -5 * torch.rand(300, 1, generator=g), -5 * torch.rand(300, 1, generator=g)
-    rest = tensor([0.0]), torch.tensor([[True]]), tensor([[1.0]]), config(beta=1.0)
-    for p, q in zip(logprobs[:, None], reference[:, None]):
+    rest = tensor([0.0]), torch.tensor([[True]]), tensor([1.0]), config(beta=1.0)
+    for p, q in zip(logprobs[:, None], reference[:, None], strict=True):
         value, _, stats = loss_and_gradient(p, p, q, *rest)
         assert value > 0 and stats["kl"] > 0
         value, slope, stats = loss_and_gradient(p, p, p, *rest)
@@ -351,13 +388,14 @@ def test_k3_is_at_least_zero_and_zero_at_equality():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_kl_is_weighted_like_the_rest_and_not_clipped(loss):
-    """Loss with beta minus loss without = beta times the weighted sum of k3, whatever the ratio."""
-    old, weights = torch.full((2, 9), -1.0), token_weights(MASK, loss, 10)
+    """The loss with beta minus the loss without is beta times the weighted sum of k3, whatever the ratio."""
+    old, weights = torch.full((2, 9), -1.0), weights_of(MASK, loss)
     logprobs, reference = old + RATIOS.log(), torch.full((2, 9), -1.3)
     args = (logprobs, old, reference, TWO, MASK, weights)
     gap = reference - logprobs
     more = loss_and_gradient(*args, config(loss, beta=0.2))[0] - loss_and_gradient(*args, config(loss))[0]
-    assert more == pytest.approx(0.2 * float((weights * (gap.exp() - gap - 1)).sum()), rel=1e-12)
+    k3 = (gap.exp() - gap - 1) * MASK
+    assert more == pytest.approx(0.2 * float((weights[:, None] * k3).sum()), rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------ a slow reference
@@ -378,7 +416,7 @@ def slow_advantages(rewards, groups, scale_std):
 
 
 def slow_weight(mask, row, loss, most):
-    """Of one token of a row."""
+    """The weight of one token of a row."""
     if loss == "dapo":
         return 1 / max(1, sum(map(sum, mask)))
     if loss == "dr_grpo":
@@ -387,7 +425,7 @@ def slow_weight(mask, row, loss, most):
 
 
 def slow_loss(batch, loss, low, high, beta, most):
-    """-J, its gradient by hand-derived formulas, and the clipped and KL sums, token after token."""
+    """-J, its gradient by formulas derived by hand, and the sums of clipped ratios and of KL, token by token."""
     new, old, reference, mask = batch["new"], batch["old"], batch["reference"], batch["mask"]
     A = slow_advantages(batch["rewards"], batch["groups"], batch["scale_std"])
     total, gradient = 0.0, [[0.0] * len(row) for row in mask]
@@ -402,7 +440,7 @@ def slow_loss(batch, loss, low, high, beta, most):
             bounded = 1 - low if too_low else 1 + high if too_high else ratio
             k3 = math.exp(reference[i][t] - new[i][t]) - (reference[i][t] - new[i][t]) - 1
             total -= w * (bounded * A[i] - beta * k3)
-            # gspo: each of the row's |o| terms has 1 / |o| of its slope at this token: one slope in sum
+            # gspo: each of the |o| terms of the row has 1 / |o| of its slope at this token, so the sum is one slope
             gradient[i][t] -= w * (0.0 if too_low or too_high else ratio * A[i])
             gradient[i][t] += w * beta * (1 - math.exp(reference[i][t] - new[i][t]))
             stats["kl"] += k3
@@ -412,7 +450,7 @@ def slow_loss(batch, loss, low, high, beta, most):
 
 
 def random_batch(seed):
-    """Ragged rows with holes, groups of any size, some of them flat or of one, some rewards missing."""
+    """Rows of different lengths with holes, groups of any size. Some groups are flat or of one, some rewards NaN."""
     rng = random.Random(f"batch {seed}")
     B, T = rng.randint(3, 8), rng.randint(2, 7)
     old = [[-3 * rng.random() for _ in range(T)] for _ in range(B)]
@@ -426,16 +464,16 @@ def random_batch(seed):
 
 
 def fast_loss(batch, loss, cfg):
-    """The same by the code under test."""
+    """The same as slow_loss, by the code under test."""
     A = advantages(tensor(batch["rewards"]), torch.tensor(batch["groups"]), batch["scale_std"])
     mask = torch.tensor(batch["mask"]).bool()
     logprobs = (tensor(batch[name]) for name in ("new", "old", "reference"))
-    return loss_and_gradient(*logprobs, A, mask, token_weights(mask, loss, cfg.trace_tokens), cfg)
+    return loss_and_gradient(*logprobs, A, mask, weights_of(mask, loss, cfg.trace_tokens), cfg)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_against_the_slow_reference(loss):
-    """250 random batches; both bounds are hit many times, and both settings of the std."""
+    """250 random batches, with and without division by the std. Both bounds are hit many times."""
     seen = {"kl": 0.0, "clip_low": 0, "clip_high": 0}
     for seed in range(250):
         batch, beta = random_batch(seed), (seed % 3) * 0.05
@@ -450,7 +488,7 @@ def test_against_the_slow_reference(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_slow_gradient_is_the_slope_of_the_slow_loss(loss):
-    """The formulas of the reference against central differences of its value."""
+    """The reference's formulas agree with central differences of its value."""
     for seed in range(6):
         batch, step = random_batch(seed), 1e-6
         gradient = slow_loss(batch, loss, 0.2, 0.28, 0.05, 10)[1]
@@ -470,20 +508,20 @@ def test_the_slow_gradient_is_the_slope_of_the_slow_loss(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("cuts", [1, 2, 4])
 def test_cutting_a_step_changes_nothing(cuts, loss):
-    """Slices of unequal size, each as wide as its longest row, in any order of the rows."""
+    """The slices have unequal sizes, each is as wide as its longest row, and the rows are in random order."""
     for seed in range(10):
         lengths = [2, 9, 4, 7, 1, 3, 8, 5]
         old, advantage, mask = ragged(seed, lengths)
         g = torch.Generator().manual_seed(seed)
         new, reference = (old + 0.3 * torch.randn(old.shape, generator=g) for _ in range(2))
-        weights, cfg = token_weights(mask, loss, 10), config(loss, beta=0.03)
+        weights, cfg = weights_of(mask, loss), config(loss, beta=0.03)
         whole = loss_and_gradient(new, old, reference, advantage, mask, weights, cfg)
         order, total, gradient = torch.randperm(8, generator=g), 0.0, torch.zeros_like(old)
         edges = {1: [0, 8], 2: [0, 3, 8], 4: [0, 1, 3, 4, 8]}[cuts]
-        for rows in (order[a:b] for a, b in zip(edges, edges[1:])):
+        for rows in (order[a:b] for a, b in zip(edges, edges[1:], strict=False)):
             T = int(mask[rows].sum(1).max())
             value, part, _ = loss_and_gradient(*(x[rows, :T] for x in (new, old, reference)), advantage[rows],
-                                               mask[rows, :T], weights[rows, :T], cfg)
+                                               mask[rows, :T], weights[rows], cfg)
             total += value
             gradient[rows, :T] = part
         assert total == pytest.approx(whole[0], rel=1e-12, abs=1e-15)
@@ -494,21 +532,21 @@ def test_cutting_a_step_changes_nothing(cuts, loss):
 
 
 def tiny_model(seed=0, sharp=1.0):
-    """Two layers, random weights, of the default dtype; `sharp` makes its predictions more certain."""
+    """Two layers of random weights in the default dtype. `sharp` makes its predictions more certain."""
     model = Transformer(ModelConfig(VOCAB, 16, 32, 2, 4, 2, 256, 1e-6, 1e4, True)).init_weights(seed)
     model.model["embed_tokens"].weight.data *= sharp
     return model
 
 
 def made_trace(rng, length, status="answered"):
-    """A trace of `length` tokens by hand: a prompt, a turn, an observation, a turn."""
+    """A trace of `length` tokens made by hand: prompt, turn, observation, turn."""
     prompt, heard = 2 + length % 3, 1 + length % 2
     said = length - prompt - heard
     first = max(1, said // 2)
     trace = Trace(status=status)
     for part, speaks in ((prompt, False), (first, True), (heard, False), (said - first, True)):
         ids = [rng.randrange(VOCAB) for _ in range(part)]
-        trace.say(ids) if speaks else trace.hear(ids)
+        (trace.say if speaks else trace.hear)(ids)
     assert len(trace.ids) == length and sum(trace.mask) == said
     return trace
 
@@ -529,21 +567,29 @@ def flat(parameters):
 
 
 def descent(model):
-    """Plain gradient descent; update() sets its rate."""
+    """Plain gradient descent. update() sets its rate."""
     return torch.optim.SGD(model.parameters())
 
 
+def learn(model, reference, optimizer, traces, advantage, cfg, lr):
+    """update() with these advantages. It works on copies of the traces, because it writes into them."""
+    traces = copy.deepcopy(traces)
+    for trace, value in zip(traces, advantage, strict=True):
+        trace.advantage = value
+    return update(model, reference, optimizer, traces, cfg, lr)
+
+
 def gradient_of_update(model, traces, advantage, cfg, reference=None, lr=1.0):
-    """What update() takes from a copy of the model by gradient descent at rate 1: the gradient itself."""
+    """The gradient of update(), and its log: by gradient descent at rate 1, it is what the weights lose."""
     moved = copy.deepcopy(model)
-    log = update(moved, reference, descent(moved), traces, tensor(advantage), cfg, lr)
+    log = learn(moved, reference, descent(moved), traces, advantage, cfg, lr)
     return flat(model.parameters()) - flat(moved.parameters()), log
 
 
 def gradient_row_by_row(model, traces, advantage, loss, most, temperature=1.0):
-    """The gradient of the first update, of -sum w A log pi, trace after trace: no batch, no padding."""
+    """The gradient of the first update, of -sum w A log pi, trace by trace: no batch, no padding."""
     total, N, tokens = 0.0, len(traces), sum(sum(t.mask) for t in traces)
-    for trace, a in zip(traces, advantage):
+    for trace, a in zip(traces, advantage, strict=True):
         logprobs = (model.head(model(torch.tensor([trace.ids])))[0] / temperature).log_softmax(-1)
         w = {"dapo": 1 / tokens, "dr_grpo": 1 / (N * most)}.get(loss, 1 / (N * sum(trace.mask)))
         total -= w * a * sum(logprobs[i - 1, trace.ids[i]] for i in range(1, len(trace.ids)) if trace.mask[i])
@@ -551,7 +597,7 @@ def gradient_row_by_row(model, traces, advantage, loss, most, temperature=1.0):
 
 
 def spy(monkeypatch):
-    """A list that fills with (log-probabilities, old ones, mask) of each call of the loss."""
+    """A list that gets (log-probabilities, old ones, mask) of each call of the loss."""
     seen, real = [], grpo.policy_loss
 
     def watched(logprobs, old, reference, advantage, mask, *rest):
@@ -567,12 +613,15 @@ def spy(monkeypatch):
 def test_update_is_the_same_however_it_is_cut(loss, micro_tokens, parts, monkeypatch):
     seen, model, traces = spy(monkeypatch), tiny_model(), made_traces()
     want = gradient_row_by_row(model, traces, ADVANTAGE, loss, 30)
+    mask = [t.mask for t in traces]
+    first_loss = -sum(slow_weight(mask, i, loss, 30) * ADVANTAGE[i] * sum(mask[i]) for i in range(8))
     for order in (range(8), random.Random(1).sample(range(8), 8)):
         seen.clear()
         got, log = gradient_of_update(model, [traces[i] for i in order], [ADVANTAGE[i] for i in order],
                                       config(loss, micro_tokens=micro_tokens, trace_tokens=30))
         assert len(seen) == parts and log["updates"] == 1
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-12)
+        assert log["loss"] == pytest.approx(first_loss, rel=1e-9)
         assert log["grad_norm"] == pytest.approx(float(want.norm()), rel=1e-9)
 
 
@@ -584,7 +633,7 @@ def test_update_scores_at_the_temperature():
 
 
 def test_step_and_clip_of_the_gradient():
-    """A quarter of the learning rate is a quarter of the step; a gradient over clip_norm is cut to it."""
+    """A quarter of the learning rate is a quarter of the step. A gradient above clip_norm is cut to it."""
     model, traces = tiny_model(), made_traces()
     whole, log = gradient_of_update(model, traces, ADVANTAGE, config())
     part, _ = gradient_of_update(model, traces, ADVANTAGE, config(), lr=0.25)
@@ -596,7 +645,7 @@ def test_step_and_clip_of_the_gradient():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_flat_groups_count_in_the_normaliser(loss):
-    """Traces of advantage 0 bring no gradient, but they are part of the step's N and of its tokens."""
+    """Traces of advantage 0 have no gradient, but they count in the step's N and in its tokens."""
     model, traces = tiny_model(), made_traces()
     advantage = [a if i < 5 else 0.0 for i, a in enumerate(ADVANTAGE)]
     got, log = gradient_of_update(model, traces, advantage, config(loss))
@@ -605,21 +654,23 @@ def test_flat_groups_count_in_the_normaliser(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_truncated_traces_leave_loss_and_normaliser(loss):
-    """mask_overlong on: as if the truncated traces weren't there. Off: they count like all others."""
+def test_truncated_traces_leave_loss_and_normaliser(loss, settings):
+    """With mask_overlong: as if the truncated traces weren't there. Without: they count like all others."""
     model, traces = tiny_model(), made_traces()
     for i in (1, 4):
         traces[i].status = "truncated"
     rest = [i for i in range(8) if i not in (1, 4)]
-    got, _ = gradient_of_update(model, traces, ADVANTAGE, config(loss, mask_overlong=True))
+    settings(mask_overlong=True)
+    got, _ = gradient_of_update(model, traces, ADVANTAGE, config(loss))
     want = gradient_row_by_row(model, [traces[i] for i in rest], [ADVANTAGE[i] for i in rest], loss, 10)
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-12)
+    settings(mask_overlong=False)
     got, _ = gradient_of_update(model, traces, ADVANTAGE, config(loss))
     assert torch.allclose(got, gradient_row_by_row(model, traces, ADVANTAGE, loss, 10), rtol=1e-5, atol=1e-12)
 
 
 def state(model, optimizer):
-    """All that a step could change."""
+    """Weights and optimizer state: all that a step could change."""
     entries = list(optimizer.state_dict()["state"].values())
     numbers = [value for entry in entries for value in entry.values()]
     return [flat(model.parameters()), *(torch.as_tensor(n).clone() for n in numbers)]
@@ -628,23 +679,26 @@ def state(model, optimizer):
 @pytest.mark.parametrize("more", [
     {}, {"epochs": 2}, {"minibatches": 2}, {"loss": "dapo"}, {"loss": "dr_grpo"}], ids=str)
 @pytest.mark.parametrize("what", ["all truncated", "all truncated, beta", "all flat"])
-def test_a_step_with_nothing_to_learn_is_no_step(what, more, single_precision):
+def test_a_step_with_nothing_to_learn_is_no_step(what, more, single_precision, settings):
     model, reference = tiny_model(), tiny_model(1)
     optimizer = make_optimizer(model, 1e-3, weight_decay=0.1)
-    update(model, None, optimizer, made_traces(), tensor(ADVANTAGE), config(), 1e-3)  # now there is momentum
+    learn(model, None, optimizer, made_traces(), ADVANTAGE, config(), 1e-3)  # now there is momentum
     before = state(model, optimizer)
     assert len(before) > 10
     status, advantage = ("answered", [0.0] * 8) if what == "all flat" else ("truncated", ADVANTAGE)
-    cfg = config(mask_overlong=True, beta=0.1 if "beta" in what else 0.0, **more)
-    log = update(model, reference, optimizer, made_traces(1, status), tensor(advantage), cfg, 1e-3)
+    settings(mask_overlong=True)
+    cfg = config(beta=0.1 if "beta" in what else 0.0, **more)
+    log = learn(model, reference, optimizer, made_traces(1, status), advantage, cfg, 1e-3)
     assert log["updates"] == 0 and log["grad_norm"] == 0
+    assert "gap_mean" not in log and "gap_max" not in log, "no trace was scored, so there is no gap"
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizer), strict=True))
 
 
-def test_more_minibatches_than_traces(single_precision):
-    """A minibatch without a trace is no step, and no error."""
-    model, traces, cfg = tiny_model(), made_traces()[:2], config(minibatches=3)
-    log = update(model, None, descent(model), traces, tensor([1.0, -1.0]), cfg, 1.0)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_more_minibatches_than_traces(loss, single_precision):
+    """A minibatch without a trace is no step and no error."""
+    model, traces, cfg = tiny_model(), made_traces()[:2], config(loss, minibatches=3)
+    log = learn(model, None, descent(model), traces, [1.0, -1.0], cfg, 1.0)
     assert log["updates"] == 2
 
 
@@ -655,6 +709,19 @@ def test_flat_groups_still_feel_the_kl(single_precision):
 
 
 # ------------------------------------------------------------------------------ the first and the second pass
+
+
+@pytest.mark.parametrize("name", ["old", "reference"])
+def test_score_frozen_row_by_row(name):
+    """Each trace gets the log-probabilities of its own ids, as many as it has ids, and 0 where nothing was sampled."""
+    model, traces = tiny_model(), made_traces()
+    grpo.score_frozen(model, traces, name, config(temperature=0.7, micro_tokens=80))
+    for trace in traces:
+        logprobs = (model.head(model(torch.tensor([trace.ids])))[0] / 0.7).log_softmax(-1).detach()
+        want = [float(logprobs[i - 1, trace.ids[i]]) if m else 0.0 for i, m in enumerate(trace.mask)]
+        assert getattr(trace, name) == pytest.approx(want, rel=1e-5, abs=1e-12)
+        assert [x == 0 for x in getattr(trace, name)] == [m == 0 for m in trace.mask]
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -670,13 +737,13 @@ def test_the_first_ratio_is_exactly_one(loss, epochs, single_precision, monkeypa
     if epochs == 1:
         assert log["clip_low"] == log["clip_high"] == 0
         assert log["grad_norm"] == pytest.approx(float(moved.norm()), rel=1e-3)
-    for (new, old, _), (_, first, _) in zip(seen[2:], seen):
-        assert torch.equal(old, first), "the old policy stays that of the first pass"
+    for (new, old, _), (_, first, _) in zip(seen[2:], seen, strict=False):
+        assert torch.equal(old, first), "pi_old stays that of the first pass"
         assert float((new - old).abs().max()) > 1e-3
 
 
 def test_minibatches_share_the_traces(single_precision, monkeypatch):
-    """Every trace once an epoch; the very first minibatch has ratio 1 up to rounding, the later ones not."""
+    """Every trace is in one minibatch per epoch. Only the very first minibatch has ratio 1, up to rounding."""
     seen, model, traces = spy(monkeypatch), tiny_model(), made_traces()
     _, log = gradient_of_update(model, traces, ADVANTAGE, config(minibatches=2, epochs=2))
     assert log["updates"] == 4
@@ -691,8 +758,8 @@ def cosine(a, b):
     return float(a @ b / a.norm() / b.norm())
 
 
-def test_two_updates_tell_all_four_switches_apart(single_precision):
-    """One update: grpo and gspo are the same, dapo and dr_grpo of one direction. Two: no two agree."""
+def test_two_updates_tell_all_four_losses_apart(single_precision):
+    """After one update grpo and gspo are equal, and dapo and dr_grpo have one direction. After two, no two agree."""
     model, traces = tiny_model(), made_traces()
     pairs = [(a, b) for i, a in enumerate(LOSSES) for b in LOSSES[:i]]
     for epochs in (1, 2):
@@ -713,7 +780,7 @@ def test_a_reference_that_is_the_policy_adds_nothing(single_precision):
 
 def test_the_reference_pulls(single_precision):
     model, traces = tiny_model(), made_traces()
-    without, log = gradient_of_update(model, traces, ADVANTAGE, config())  # with none at all: none is needed
+    without, log = gradient_of_update(model, traces, ADVANTAGE, config())  # no reference is needed
     pulled, log_kl = gradient_of_update(model, traces, ADVANTAGE, config(beta=0.5), reference=tiny_model(1))
     assert log["kl"] == 0 and log_kl["kl"] > 0 and not torch.allclose(without, pulled, rtol=1e-2)
 
@@ -726,12 +793,32 @@ def test_the_reference_is_not_trained(single_precision):
     assert all(p.grad is None for p in reference.parameters())
 
 
+@pytest.mark.parametrize("what, where", [("advantage", "loss"), ("log-ratio", "gap_max"), ("weights", "loss")])
+def test_a_number_that_is_not_finite_reaches_the_log(what, where, single_precision, monkeypatch):
+    """Run.log ends the run by it. If only the log-ratio is infinite, loss and gradient look as if all was well."""
+    model, advantage = tiny_model(), [1.0, -1.0, 0.5, -0.5]
+    if what == "weights":
+        model.model["norm"].weight.data[0] = math.inf
+    if what == "advantage":
+        advantage[2] = math.inf
+    if what == "log-ratio":
+        def score(model, traces, name, config):
+            for trace in traces:
+                trace.old = [math.inf if m else 0.0 for m in trace.mask]
+        monkeypatch.setattr(grpo, "score_frozen", score)
+    optimizer = make_optimizer(model, 0.1, 0.0)
+    log = learn(model, None, optimizer, made_traces()[:4], advantage, config(epochs=2), 0.1)
+    assert isinstance(log[where], float) and not math.isfinite(log[where])
+    assert set(log) - {"trained"} <= set(grpo.GRPO_COLUMNS)
+    if what == "log-ratio":
+        assert math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])
+
+
 # ---------------------------------------------------------------------------- where gradients may stand
 
 
 def state_gradients(model, traces, advantage, cfg):
-    """(B, T) in order of length: which final states, and so whose logits, a gradient reaches in an update.
-    Also how many logits were made at all."""
+    """The gradient at each final state in an update, (B, T) in order of length, and the number of logits made."""
     states, logits, head = [], [], model.head
 
     def watched(x):
@@ -740,7 +827,7 @@ def state_gradients(model, traces, advantage, cfg):
 
     model.head = watched
     handle = model.register_forward_hook(lambda module, args, out: out.retain_grad() or states.append(out))
-    update(model, None, descent(model), traces, tensor(advantage), cfg, 0.0)
+    learn(model, None, descent(model), traces, advantage, cfg, 0.0)
     handle.remove()
     del model.head
     assert len(states) == len(logits) == 1
@@ -748,18 +835,18 @@ def state_gradients(model, traces, advantage, cfg):
 
 
 def supervised(traces):
-    """(B, T) in order of length: positions whose logits predict a token that the policy sampled."""
-    mask = pad(sorted(traces, key=lambda t: len(t.ids)))[1]
+    """The positions whose logits predict a sampled token, (B, T) in order of length."""
+    mask = pad([t.mask for t in sorted(traces, key=lambda t: len(t.ids))], "cpu", torch.bool)
     return torch.cat([mask[:, 1:], torch.zeros(len(mask), 1, dtype=torch.bool)], 1)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_gradient_at_a_logit_that_predicts_what_was_not_sampled(loss):
+def test_only_logits_that_predict_a_sampled_token_have_a_gradient(loss):
     model, traces = tiny_model(), made_traces()
     gradient, made = state_gradients(model, traces, ADVANTAGE, config(loss))
     want = supervised(traces)
     assert (gradient[~want] == 0).all() and (gradient[want] > 0).all()
-    assert made == -(-int(want.sum()) // 128) * 128  # those and padding
+    assert made == -(-int(want.sum()) // 128) * 128  # these and padding
 
 
 def test_other_observations_leave_the_supervised_positions_alone():
@@ -768,11 +855,11 @@ def test_other_observations_leave_the_supervised_positions_alone():
     for trace in others:
         first = trace.mask.index(1)
         trace.ids = [i if m or n < first else (i + 7) % VOCAB
-                     for n, (i, m) in enumerate(zip(trace.ids, trace.mask))]
-    assert all(a.ids != b.ids and a.mask == b.mask for a, b in zip(traces, others))
+                     for n, (i, m) in enumerate(zip(trace.ids, trace.mask, strict=True))]
+    assert all(a.ids != b.ids and a.mask == b.mask for a, b in zip(traces, others, strict=True))
     one, two = (state_gradients(model, t, ADVANTAGE, config())[0] for t in (traces, others))
     assert torch.equal(one > 0, two > 0) and torch.equal(one > 0, supervised(traces))
-    assert not torch.allclose(one, two, rtol=1e-3), "observations are read, if not learned"
+    assert not torch.allclose(one, two, rtol=1e-3), "observations are context, though they are not learned"
 
 
 def test_a_completion_of_one_token_has_one_gradient():
@@ -787,7 +874,7 @@ def test_a_completion_of_one_token_has_one_gradient():
 
 
 def roll_out(model, temperature, prompts, copies=1, turns=3, seed=0):
-    """Traces of several turns of different lengths through the real sampler, observations between."""
+    """Traces of several turns of different lengths from the real sampler, with observations between the turns."""
     rng = random.Random(f"observations {seed}")
     sampler = Sampler(model, SimpleNamespace(stop_ids={0}), len(prompts) * copies, 128)
     traces = [Trace(key=(seed, i), status="answered") for i in range(len(prompts) * copies)]
@@ -798,7 +885,7 @@ def roll_out(model, temperature, prompts, copies=1, turns=3, seed=0):
         limits = [4 + (3 * i + turn) % 9 for i in range(len(traces))]
         noise = np.stack([trace.noise(max(limits)) for trace in traces])
         said = sampler.sample(rows, limits, noise, temperature)
-        for trace, row, (ids, logprobs) in zip(traces, rows, said):
+        for trace, row, (ids, logprobs) in zip(traces, rows, said, strict=True):
             trace.say(ids, logprobs)
             if turn + 1 < turns:
                 heard = [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 6))]
@@ -812,18 +899,20 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7], [2, 7], [31, 4, 15, 9, 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_sampler_and_trainer_agree(temperature, single_precision):
-    """float32: the gap that update() logs is below 1e-4 on every token; at another temperature it isn't."""
+    """In float32 the gap that update() logs is below 1e-4 at every token. At another temperature it isn't."""
     model = tiny_model(sharp=8.0)
     traces = roll_out(model, temperature, PROMPTS, copies=2)
     assert len({len(t.ids) for t in traces}) > 3
     _, log = gradient_of_update(model, traces, ADVANTAGE, config(temperature=temperature, micro_tokens=100))
     assert 0 < log["gap_max"] < 1e-4 and log["gap_mean"] <= log["gap_max"]
+    cfg = config(temperature=temperature, micro_tokens=100, epochs=2)  # the gap is that of the first pass
+    assert gradient_of_update(model, traces, ADVANTAGE, cfg)[1]["gap_max"] == log["gap_max"]
     _, log = gradient_of_update(model, traces, ADVANTAGE, config(temperature=0.8, micro_tokens=100))
     assert log["gap_max"] > 0.1 and log["gap_mean"] > 0.01
 
 
 def test_the_sampler_sees_the_weights_of_the_last_step(single_precision):
-    """Greedy output of a sampler that was made before the step = argmax of the trainer's forward after it."""
+    """A sampler that was made before the step generates greedily the argmax of the trainer's pass after it."""
     model = tiny_model(sharp=4.0)
     sampler = Sampler(model, SimpleNamespace(stop_ids={0}), len(PROMPTS), 64)
     noise = np.zeros((len(PROMPTS), 12), np.float32)
@@ -833,10 +922,10 @@ def test_the_sampler_sees_the_weights_of_the_last_step(single_precision):
         return [ids for ids, _ in sampler.sample(sampler.open(PROMPTS), [12] * len(PROMPTS), noise, 0.0)]
 
     before = greedy()
-    update(model, None, descent(model), made_traces(), tensor(ADVANTAGE), config(), 3.0)
+    learn(model, None, descent(model), made_traces(), ADVANTAGE, config(), 3.0)
     after = greedy()
     assert before != after
-    for prompt, said in zip(PROMPTS, after):
+    for prompt, said in zip(PROMPTS, after, strict=True):
         with torch.no_grad():
             best = model.head(model(torch.tensor([prompt + said])))[0].argmax(-1).tolist()
         assert said == best[len(prompt) - 1:-1]
@@ -852,10 +941,11 @@ def test_the_traces_of_a_group_are_not_all_equal(single_precision):
 
 @pytest.mark.parametrize("name, value", [
     ("steps", 0), ("questions", 0), ("epochs", 0), ("minibatches", 0), ("lr", 0.0), ("lr", math.nan),
-    ("clip_norm", 0.0), ("clip_low", 0.0), ("clip_high", -0.1), ("temperature", 0.0), ("max_turns", 0),
+    ("clip_norm", 0.0), ("temperature", 0.0), ("max_turns", 0),
     ("turn_tokens", 0), ("trace_tokens", -1), ("eval_every", 0), ("group", 1), ("group", 0),
     ("partial", -0.1), ("partial", 1.1), ("partial", math.nan), ("beta", -0.01), ("beta", math.nan),
-    ("w_consistency", 0.0), ("w_consistency", -1.0), ("w_answer", math.nan), ("loss", "ppo"), ("threads", -1),
+    ("w_consistency", 0.0), ("w_consistency", -1.0), ("w_answer", math.nan), ("threads", -1), ("seed", -1),
+    ("micro_tokens", 0), ("save_every", 0), ("lr", 1e16), ("w_answer", math.inf),
 ])
 def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(InputError, match=name):
@@ -867,7 +957,7 @@ def test_wrong_values_are_refused_by_name(name, value):
     (0.7, 0.3, 0.65, True), (0.7, 0.3, 0.66, False), (0.7, 0.3, 1.0, False), (-1.0, 0.3, 0.0, False),
 ])
 def test_weights_that_let_a_wrong_answer_win_are_refused(w_answer, w_consistency, partial, fine):
-    """Wanted: w_answer (1 - partial) > w_consistency (1 - 1/5)."""
+    """The rule is w_answer (1 - partial) > w_consistency (1 - 1/5)."""
     values = {"w_answer": w_answer, "w_consistency": w_consistency, "partial": partial}
     if fine:
         assert GRPOConfig(**values).w_answer == w_answer
@@ -876,23 +966,51 @@ def test_weights_that_let_a_wrong_answer_win_are_refused(w_answer, w_consistency
         GRPOConfig(**values)
 
 
-@pytest.mark.parametrize("loss, scale_std, low, high, overlong", [
-    ("grpo", True, 0.2, 0.2, False), ("dapo", True, 0.2, 0.28, True), ("dr_grpo", False, 0.2, 0.2, False),
-    ("gspo", True, 3e-4, 4e-4, False)])
-def test_each_loss_brings_its_papers_settings_and_a_flag_wins(loss, scale_std, low, high, overlong):
-    c = GRPOConfig(loss=loss)
-    assert (c.scale_std, c.clip_low, c.clip_high, c.mask_overlong) == (scale_std, low, high, overlong)
-    c = GRPOConfig(loss=loss, scale_std=not scale_std, clip_high=0.5)
-    assert (c.scale_std, c.clip_low, c.clip_high) == (not scale_std, low, 0.5)
+def test_an_unknown_loss_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["grpo.py", "--loss", "ppo"])
+    with pytest.raises(InputError, match="--loss.*'ppo'"):
+        command_line(GRPOConfig, "")
+
+
+PAPER_SETTINGS = [("grpo", True, 0.2, 0.2, False), ("dapo", True, 0.2, 0.28, True),
+                  ("dr_grpo", False, 0.2, 0.2, False), ("gspo", True, 3e-4, 4e-4, False)]
+
+
+@pytest.mark.parametrize("loss, scale_std, low, high, overlong", PAPER_SETTINGS)
+def test_each_loss_has_its_papers_settings(loss, scale_std, low, high, overlong):
+    assert set(PAPERS) == set(LOSSES)
+    assert PAPERS[loss] == Loss(scale_std=scale_std, clip_low=low, clip_high=high, mask_overlong=overlong)
+
+
+@pytest.mark.parametrize("loss, scale_std, low, high, overlong", PAPER_SETTINGS)
+def test_the_loss_alone_chooses_the_settings(loss, scale_std, low, high, overlong, monkeypatch):
+    """Each setting takes effect where it is used, and none of them is an option."""
+    monkeypatch.setattr(grpo, "LOSSES", PAPERS)
+    assert not {f.name for f in fields(Loss)} & {f.name for f in fields(GRPOConfig)}
+    cfg = config(loss, group=2)
+    old, mask, one = tensor([[-3.0]]), torch.tensor([[True]]), tensor([1.0])
+    for ratio, sign, alive in ((1 + 0.99 * high, 1, True), (1 + 1.01 * high, 1, False),
+                               (1 - 0.99 * low, -1, True), (1 - 1.01 * low, -1, False)):
+        _, slope, _ = loss_and_gradient(old + math.log(ratio), old, None, sign * one, mask, one, cfg)
+        assert (slope.item() != 0) == alive
+    traces = made_traces()[:2]
+    grpo.set_advantages(traces, [{"reward": 1.0}, {"reward": 0.0}], cfg)
+    assert traces[0].advantage == pytest.approx(0.5 / (0.5 + 1e-4) if scale_std else 0.5, rel=1e-12)
+    traces[0].status = "truncated"
+    model = tiny_model()
+    log = update(model, None, descent(model), traces, cfg, 0.0)
+    assert log["trained"] == sum(len(t.ids) for t in traces if not (overlong and t.status == "truncated"))
 
 
 def test_the_summary_of_a_rollout_by_hand():
-    """Two groups of three: the first flat, in the second one trace is at its group's mean; parts are averaged where
-    they apply."""
-    traces = [Trace(status=s, mask=[0, 1, 1], turns=[Turn(calls=[Call()] * n)])
-              for s, n in (("answered", 2), ("answered", 0), ("answered", 1), ("truncated", 3), ("malformed", 0), ("answered", 0))]
-    rewards = [{"reward": r, "economy": e} for r, e in zip((1.0, 1.0, 1.0, 0.0, 0.5, 1.0), (0.5, None, None, 1.0, None, None))]
-    row = grpo.summary(traces, rewards, tensor([0, 0, 0, -1, 0, 1]), config(group=3))
+    """Two groups of three: the first is flat, and in the second one trace is at its group's mean. Each part is
+    averaged where it applies."""
+    traces = [Trace(status=s, mask=[0, 1, 1], turns=[Turn(calls=[Call()] * n)], advantage=a)
+              for s, n, a in (("answered", 2, 0), ("answered", 0, 0), ("answered", 1, 0),
+                              ("truncated", 3, -1), ("malformed", 0, 0), ("answered", 0, 1))]
+    rewards = [{"reward": r, "economy": e} for r, e in (
+        (1.0, 0.5), (1.0, None), (1.0, None), (0.0, 1.0), (0.5, None), (1.0, None))]
+    row = grpo.summary(traces, rewards, config(group=3))
     assert row == {"reward": 0.75, "economy": 0.75, "finished": 4 / 6, "truncated": 1 / 6, "flat_groups": 0.5,
                    "calls": 1.0, "length": 2.0}
 
@@ -902,13 +1020,156 @@ def test_the_summary_of_a_rollout_by_hand():
 def test_training_samples_from_the_whole_policy(config_class, flag, monkeypatch):
     """No flag restricts sampling to some of the tokens."""
     monkeypatch.setattr("sys.argv", ["program", flag, "0.5"])
-    with pytest.raises(InputError, match=f"unknown flag {flag}"):
+    with pytest.raises(InputError, match=f"unrecognized arguments: {flag}"):
         command_line(config_class, "")
 
 
-def test_a_question_that_comes_twice_gets_its_tools_once():
+def test_a_question_that_is_listed_twice_gets_its_tools_once():
     asked = []
     maker = SimpleNamespace(make=lambda texts, key: asked.extend(texts) or [text.upper() for text in texts])
     stage = SimpleNamespace(boxes={"b": "B"}, config=SimpleNamespace(seed=0), maker=maker)
     grpo.Simulator.make_tools(stage, [SimpleNamespace(id=name, text=name) for name in "abaca"])
     assert asked == ["a", "c"] and stage.boxes == {"a": "A", "b": "B", "c": "C"}
+
+
+# ------------------------------------------------------------------------------- simulator and questions
+
+
+@pytest.mark.parametrize("natural, turn_tokens, most, slots, maker_tokens, actor_tokens", [
+    (False, 112, 4096, 640, 480, 64), (False, 600, 4096, 640, 480, 64),
+    (True, 112, 4096, 896 + 480, 480, 480), (True, 600, 4096, 896 + 600, 600, 600), (True, 112, 1000, 1000, 480, 480)])
+def test_room_for_prompts_and_replies(natural, turn_tokens, most, slots, maker_tokens, actor_tokens, folder,
+                                      single_precision):
+    """Natural prompts may be as long as a trace, but a conversation never exceeds the model's context."""
+    edited = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": most}
+    (folder / "config.json").write_text(json.dumps(edited))
+    cfg = GRPOConfig(turn_tokens=turn_tokens, trace_tokens=896)
+    simulator = grpo.Simulator(folder, cfg, natural, rows=2)
+    assert simulator.actor.sampler is simulator.maker.sampler
+    assert (simulator.actor.sampler.slots, simulator.actor.sampler.capacity) == (slots, 2)
+    assert (simulator.maker.reply_tokens, simulator.actor.reply_tokens) == (maker_tokens, actor_tokens)
+    assert not any(p.requires_grad for p in simulator.model.parameters())
+
+
+def test_the_traces_of_a_question_get_its_tools_and_a_key_each():
+    box = SimpleNamespace(tools=["lookup"])
+    stage = SimpleNamespace(config=SimpleNamespace(seed=7), boxes={"a": box, "b": SimpleNamespace(tools=[])})
+    asked = [SimpleNamespace(id=name, text=name.upper()) for name in "ab"]
+    traces = grpo.Simulator.traces(stage, asked, 2, 5)
+    assert [t.question for t in traces] == ["A", "A", "B", "B"] and traces[1].tools == ["lookup"]
+    assert [t.key for t in traces] == [(7, 5, "a", 0), (7, 5, "a", 1), (7, 5, "b", 0), (7, 5, "b", 1)]
+
+
+def test_held_out_questions_are_answered_greedily_and_sampled(monkeypatch):
+    """Three questions, two traces at once. At temperature 0 all answers are Bo, at temperature 1 all are Al."""
+    def answer(agent, backend, traces, closed_book):
+        seen.append((agent.temperature, len(traces), backend, closed_book))
+        for trace in traces:
+            trace.status, trace.turns = "answered", [Turn(answer="Al" if agent.temperature else "Bo")]
+
+    seen = []
+    monkeypatch.setattr(grpo, "run_episodes", answer)
+    questions = [SimpleNamespace(id=i, golds=[gold], set=of)
+                 for i, (gold, of) in enumerate([("Al", "hotpot"), ("Bo", "hotpot"), ("al", "musique")])]
+    simulator = SimpleNamespace(actor=SimpleNamespace(answer="the ToolActor"), traces=lambda asked, group, *key: [
+        Trace(key=(*key, q.id)) for q in asked])
+    agent = SimpleNamespace(sampler=SimpleNamespace(capacity=2), temperature=0.6)
+    row, traces = grpo.score_heldout(simulator, agent, questions)
+    assert seen == [(t, n, "the ToolActor", False) for t in (0.0, 1.0) for n in (2, 1)] and agent.temperature == 0.6
+    assert row == {"n": 3, "em_greedy": pytest.approx(1 / 3), "em_sampled": pytest.approx(2 / 3),
+                   "by_set": {"hotpot": 0.5, "musique": 1.0}, "f1": pytest.approx(2 / 3), "grammar": 1.0,
+                   "support": 0.0, "calls": 0.0, "length": 0.0, "valid_calls": None}
+    assert [(t.key, t.answer) for t in traces] == [(("eval", i), "Al") for i in range(3)]
+    seen.clear()
+    grpo.score_heldout(simulator, agent, questions, "another backend", closed_book=True)
+    assert {entry[2:] for entry in seen} == {("another backend", True)}
+
+
+def write_file(path, first, last):
+    """A question file with the questions first to last."""
+    rows = [{"question": f"Who is {i}?", "golden_answers": [str(i)]} for i in range(first, last)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_twentieth_question_of_the_files_is_held_out(tmp_path):
+    """45 questions in two files: the 20th and the 40th are held out. The other 43 are asked in turn, and each as
+    often as any other, give or take one."""
+    files = write_file(tmp_path / "a.jsonl", 0, 30), write_file(tmp_path / "b.jsonl", 30, 45)
+    plan, held_out = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10))
+    assert [q.text for q in held_out] == ["Who is 19?", "Who is 39?"]
+    assert [len(step) for step in plan] == [10] * 9
+    asked = [q.text for step in plan for q in step]
+    assert sorted(asked[:43], key=lambda text: int(text[7:-1])) == [f"Who is {i}?" for i in range(45) if i % 20 != 19]
+    assert asked[43:86] == asked[:43] and asked[86:] == asked[:4]
+    ids = {q.id: q.text for step in plan for q in step}
+    assert len(ids) == 43, "both files number their questions from the start, so the file is a part of the id"
+    again, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10))
+    other, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10, seed=1))
+    assert again == plan and other != plan
+
+
+def test_fewer_than_twenty_questions_are_refused(tmp_path):
+    with pytest.raises(InputError, match="^data: 19 questions; at least 20 are needed"):
+        grpo.choose_questions(GRPOConfig(data=(write_file(tmp_path / "a.jsonl", 0, 19),)))
+
+
+def test_the_worlds_questions_are_held_out_by_set(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.json").write_text('{"seed": 3}')
+    cfg = GRPOConfig(out=str(tmp_path), steps=4, questions=6)
+    plan, held_out = grpo.choose_questions(cfg)
+    world = grpo.make_questions(grpo.make_world(3))
+    assert held_out == [q for q in world if q.set in ("hotpot", "musique", "2wiki", "bamboogle")][::4]
+    asked = [q for step in plan for q in step]
+    assert len(asked) == len({q.id for q in asked}) == 24
+    assert all(q.set == "train" and q in world for q in asked)
+
+
+# ---------------------------------------------------------------------------------------------- loop
+
+
+def test_the_loop_by_hand(monkeypatch):
+    """Three of four steps are left, as after a checkpoint. Two questions, two traces each. Every trace answers its
+    own number, and in each group the second number is right."""
+    def run_episodes(agent, backend, traces, group):
+        assert (agent, backend, group) == ("agent", "the ToolActor", 2)
+        actor.asked, actor.remembered = actor.asked + 4, actor.remembered + 3
+        for trace in traces:
+            trace.status, trace.turns, trace.mask = "answered", [Turn(answer=str(trace.key[-1]))], [0, 1]
+
+    def update(model, reference, optimizer, traces, config, lr):
+        assert (model, reference) == ("policy", "reference")
+        seen.append(([t.question for t in traces], [t.advantage for t in traces], lr))
+        return {"loss": 0.25, "updates": 1, "trained": 8}
+
+    def more_of_the_state(total, model, tokenizer, optimizer, more):
+        yield from range(1, total)
+        states.append(more())
+
+    monkeypatch.setattr(grpo, "run_episodes", run_episodes)
+    monkeypatch.setattr(grpo, "update", update)
+    monkeypatch.setattr(grpo, "make_optimizer", lambda model, lr, weight_decay: None)
+    monkeypatch.setattr(grpo, "score_heldout", lambda simulator, agent, questions: (
+        {"em_greedy": 0.5, "em_sampled": 0.75}, questions))
+    cfg = config(loss="dr_grpo", steps=4, questions=2, group=2, lr=0.8, eval_every=3)
+    actor = SimpleNamespace(asked=0, remembered=0, answer="the ToolActor", memo={"call": {"a": 1}})
+    simulator = SimpleNamespace(
+        config=cfg, actor=actor, tokenizer=None, model="reference",
+        agent=lambda model, rows, temperature: "agent" if (model, rows, temperature) == ("policy", 4, 1.0) else None,
+        traces=lambda asked, group, step: [Trace(q.text, key=(i,)) for q in asked for i in range(group)])
+    plan = [[SimpleNamespace(text=f"{step} {name}", golds=["1"]) for name in "ab"] for step in range(4)]
+    rows, saved, seen, states = [], [], [], []
+    grpo.loop(simulator, "policy", plan, ["held out"], SimpleNamespace(
+        steps=more_of_the_state, state={"step": 1}, log=rows.append, save_traces=lambda *args: saved.append(args)))
+    scaled = 0.35 / (0.35 + 1e-4)  # the two rewards of a group differ by w_answer, 0.7
+    for step, (questions, advantage, lr) in zip((1, 2, 3), seen, strict=True):
+        assert questions == [f"{step} a"] * 2 + [f"{step} b"] * 2
+        assert advantage == pytest.approx([-scaled, scaled] * 2, rel=1e-6)
+        assert lr == pytest.approx(0.8 * (1 - step / 4))
+    assert [list(row) for row in rows] == [grpo.GRPO_COLUMNS] * 3
+    assert [row["step"] for row in rows] == [1, 2, 3] and [row["lr"] for row in rows] == [lr for _, _, lr in seen]
+    assert all((row["em"], row["loss"], row["memo_hits"], row["kl"]) == (0.5, 0.25, 0.75, "") for row in rows)
+    assert [row["heldout_greedy"] for row in rows] == ["", 0.5, 0.5]  # after three steps, and after the last
+    assert [row["heldout_sampled"] for row in rows] == ["", 0.75, 0.75]
+    assert saved == [(2, ["held out"]), (3, ["held out"])] and states == [{"memo": [("call", {"a": 1})]}]
