@@ -133,6 +133,8 @@ BY_HAND = {
     "made twice in one turn": (
         [calls(*[("birthplace", {"person": "Ada Bo"})] * 2), VELKA, answer("Dumo")], [TOLD[0], *TOLD],
         (1, 1, 1, 2 / 3)),
+    "the only later use is a repeated call": (
+        [VELKA, ADA, VELKA, answer("Lorn")], [TOLD[1], *TOLD], (1, 1 / 2, 0, 0)),
     "the answer was in the arguments": ([ADA, answer("Bo")], [{"city": "x", "of": "Ada Bo"}], (1, 1, 0, 0)),
 }
 
