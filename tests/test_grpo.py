@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import grpo
-from agents import Call, Trace, Turn
+from agents import Call, Trace, Turn, uniforms
 from data import InputError
+from data.world import make_questions, make_world
 from grpo import GRPOConfig, Loss, advantages, policy_loss, token_weights, update
 from model import ModelConfig, Sampler, Transformer
 from run import command_line
@@ -712,10 +713,10 @@ def test_flat_groups_still_feel_the_kl(single_precision):
 
 
 @pytest.mark.parametrize("name", ["old", "reference"])
-def test_score_frozen_row_by_row(name):
+def test_store_logprobs_row_by_row(name):
     """Each trace gets the log-probabilities of its own ids, as many as it has ids, and 0 where nothing was sampled."""
     model, traces = tiny_model(), made_traces()
-    grpo.score_frozen(model, traces, name, config(temperature=0.7, micro_tokens=80))
+    grpo.store_logprobs(model, traces, name, config(temperature=0.7, micro_tokens=80))
     for trace in traces:
         logprobs = (model.head(model(torch.tensor([trace.ids])))[0] / 0.7).log_softmax(-1).detach()
         want = [float(logprobs[i - 1, trace.ids[i]]) if m else 0.0 for i, m in enumerate(trace.mask)]
@@ -805,7 +806,7 @@ def test_a_number_that_is_not_finite_reaches_the_log(what, where, single_precisi
         def score(model, traces, name, config):
             for trace in traces:
                 trace.old = [math.inf if m else 0.0 for m in trace.mask]
-        monkeypatch.setattr(grpo, "score_frozen", score)
+        monkeypatch.setattr(grpo, "store_logprobs", score)
     optimizer = make_optimizer(model, 0.1, 0.0)
     log = learn(model, None, optimizer, made_traces()[:4], advantage, config(epochs=2), 0.1)
     assert isinstance(log[where], float) and not math.isfinite(log[where])
@@ -883,7 +884,7 @@ def roll_out(model, temperature, prompts, copies=1, turns=3, seed=0):
     rows = sampler.open(prompts, copies)
     for turn in range(turns):
         limits = [4 + (3 * i + turn) % 9 for i in range(len(traces))]
-        noise = np.stack([trace.noise(max(limits)) for trace in traces])
+        noise = np.stack([uniforms(trace.key, len(trace.ids), max(limits)) for trace in traces])
         said = sampler.sample(rows, limits, noise, temperature)
         for trace, row, (ids, logprobs) in zip(traces, rows, said, strict=True):
             trace.say(ids, logprobs)
@@ -1035,20 +1036,22 @@ def test_a_question_that_is_listed_twice_gets_its_tools_once():
 # ------------------------------------------------------------------------------- simulator and questions
 
 
-@pytest.mark.parametrize("natural, turn_tokens, most, slots, maker_tokens, actor_tokens", [
+@pytest.mark.parametrize("long_prompts, turn_tokens, most, slots, maker_tokens, actor_tokens", [
     (False, 112, 4096, 640, 480, 64), (False, 600, 4096, 640, 480, 64),
     (True, 112, 4096, 896 + 480, 480, 480), (True, 600, 4096, 896 + 600, 600, 600), (True, 112, 1000, 1000, 480, 480)])
-def test_room_for_prompts_and_replies(natural, turn_tokens, most, slots, maker_tokens, actor_tokens, folder,
+def test_room_for_prompts_and_replies(long_prompts, turn_tokens, most, slots, maker_tokens, actor_tokens, folder,
                                       single_precision):
-    """Natural prompts may be as long as a trace, but a conversation never exceeds the model's context."""
+    """Long prompts may be as long as a trace, but a conversation never exceeds the model's context."""
     edited = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": most}
     (folder / "config.json").write_text(json.dumps(edited))
     cfg = GRPOConfig(turn_tokens=turn_tokens, trace_tokens=896)
-    simulator = grpo.Simulator(folder, cfg, natural, rows=2)
+    simulator = grpo.Simulator(folder, cfg, long_prompts, rows=2)
     assert simulator.actor.sampler is simulator.maker.sampler
     assert (simulator.actor.sampler.slots, simulator.actor.sampler.capacity) == (slots, 2)
     assert (simulator.maker.reply_tokens, simulator.actor.reply_tokens) == (maker_tokens, actor_tokens)
     assert not any(p.requires_grad for p in simulator.model.parameters())
+    agent = simulator.agent(simulator.model, 3, 0.6)
+    assert (agent.sampler.slots, agent.sampler.capacity, agent.temperature) == (896, 3, 0.6)
 
 
 def test_the_traces_of_a_question_get_its_tools_and_a_key_each():
@@ -1096,7 +1099,7 @@ def test_every_twentieth_question_of_the_files_is_held_out(tmp_path):
     """45 questions in two files: the 20th and the 40th are held out. The other 43 are asked in turn, and each as
     often as any other, give or take one."""
     files = write_file(tmp_path / "a.jsonl", 0, 30), write_file(tmp_path / "b.jsonl", 30, 45)
-    plan, held_out = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10))
+    plan, held_out = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10), None)
     assert [q.text for q in held_out] == ["Who is 19?", "Who is 39?"]
     assert [len(step) for step in plan] == [10] * 9
     asked = [q.text for step in plan for q in step]
@@ -1104,22 +1107,19 @@ def test_every_twentieth_question_of_the_files_is_held_out(tmp_path):
     assert asked[43:86] == asked[:43] and asked[86:] == asked[:4]
     ids = {q.id: q.text for step in plan for q in step}
     assert len(ids) == 43, "both files number their questions from the start, so the file is a part of the id"
-    again, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10))
-    other, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10, seed=1))
+    again, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10), None)
+    other, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10, seed=1), None)
     assert again == plan and other != plan
 
 
 def test_fewer_than_twenty_questions_are_refused(tmp_path):
     with pytest.raises(InputError, match="^data: 19 questions; at least 20 are needed"):
-        grpo.choose_questions(GRPOConfig(data=(write_file(tmp_path / "a.jsonl", 0, 19),)))
+        grpo.choose_questions(GRPOConfig(data=(write_file(tmp_path / "a.jsonl", 0, 19),)), None)
 
 
-def test_the_worlds_questions_are_held_out_by_set(tmp_path):
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "config.json").write_text('{"seed": 3}')
-    cfg = GRPOConfig(out=str(tmp_path), steps=4, questions=6)
-    plan, held_out = grpo.choose_questions(cfg)
-    world = grpo.make_questions(grpo.make_world(3))
+def test_the_worlds_questions_are_held_out_by_set():
+    plan, held_out = grpo.choose_questions(GRPOConfig(steps=4, questions=6), make_world(3))
+    world = make_questions(make_world(3))
     assert held_out == [q for q in world if q.set in ("hotpot", "musique", "2wiki", "bamboogle")][::4]
     asked = [q for step in plan for q in step]
     assert len(asked) == len({q.id for q in asked}) == 24
@@ -1173,3 +1173,29 @@ def test_the_loop_by_hand(monkeypatch):
     assert [row["heldout_greedy"] for row in rows] == ["", 0.5, 0.5]  # after three steps, and after the last
     assert [row["heldout_sampled"] for row in rows] == ["", 0.75, 0.75]
     assert saved == [(2, ["held out"]), (3, ["held out"])] and states == [{"memo": [("call", {"a": 1})]}]
+
+
+def test_the_world_is_sealed_during_stage_2(folder, monkeypatch, single_precision):
+    """Neither the making of tools nor the loop can look up a fact. The tools of all questions are made first."""
+    def sealed(what):
+        def check(*args):
+            with pytest.raises(PermissionError):
+                assert worlds[0].facts
+            seen.append((what, args))
+        return check
+
+    worlds, seen, make = [], [], grpo.make_world
+    monkeypatch.setattr(grpo, "make_world", lambda seed: worlds.append(make(seed)) or worlds[0])
+    monkeypatch.setattr(grpo.Simulator, "make_tools", sealed("tools"))
+    monkeypatch.setattr(grpo, "loop", sealed("loop"))
+    out = folder.parent / "run"
+    (out / "sft").mkdir(parents=True)
+    (out / "sft" / "config.json").write_text('{"seed": 3}')
+    folder.rename(out / "sft" / "model")
+    grpo.train_grpo(GRPOConfig(out=str(out), steps=2, questions=3))
+    assert worlds[0].facts == make_world(3).facts and len(worlds) == 1
+    plan, held_out = grpo.choose_questions(GRPOConfig(steps=2, questions=3), make_world(3))
+    (first, (_, asked)), (second, (simulator, model, *rest)) = seen
+    assert (first, second) == ("tools", "loop") and asked == [*held_out, *plan[0], *plan[1]]
+    assert rest[:2] == [plan, held_out] and model is not simulator.model
+    assert (out / "grpo" / "model" / "config.json").exists()
