@@ -1,4 +1,4 @@
-"""Stage 1: what is learned from, word by word; batches, schedule, loss, configs against hand-made numbers."""
+"""Stage 1: the loss mask word by word; batches, schedule, loss and options against values by hand."""
 import dataclasses
 import inspect
 import json
@@ -15,16 +15,26 @@ import torch
 from test_agents import END, HEAD, START, TAIL, call_text, in_turn, scripted, segments
 
 import agents
+import data.tools
+import evaluate
 import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
 from data import InputError
-from data.tools import Real
-from data.world import HELD_OUT, imagined_questions, make_questions, make_world, teach_actor, teach_agent, teach_maker
-from evaluate import EvalConfig
+from data.world import (
+    HELD_OUT,
+    imagined_questions,
+    make_questions,
+    make_world,
+    teach_actor,
+    teach_agent,
+    teach_maker,
+)
+from evaluate import AgentConfig, EvalConfig, TracesConfig
 from grpo import GRPOConfig
 from model import token_logprobs
-from mtr import RunConfig
+from mtr import AskConfig, RunConfig, ShowConfig
+from run import Run, option
 from sft import SFTConfig, to_trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +94,7 @@ CONVERSATIONS = {"agent": (AGENT, AGENT_SAYS, AGENT_HEARS), "maker": (MAKER, MAK
 
 @pytest.mark.parametrize("role", CONVERSATIONS)
 def test_what_is_supervised_word_by_word(role, tokenizer):
-    """What the role says and its <|im_end|> in; header, newlines, observations, prompt out."""
+    """Mask 1: the text that the role generates and its <|im_end|>. Mask 0: header, newlines, observations, prompt."""
     record, says, hears = CONVERSATIONS[role]
     trace = to_trace(record, tokenizer)
     assert segments(trace, tokenizer, 1) == says and segments(trace, tokenizer, 0) == hears
@@ -95,12 +105,12 @@ def test_what_is_supervised_word_by_word(role, tokenizer):
 @pytest.mark.parametrize("role", CONVERSATIONS)
 def test_a_conversation_has_the_ids_of_its_whole_text(role, tokenizer):
     record, says, hears = CONVERSATIONS[role]
-    text = "".join(part for pair in zip(hears, says) for part in pair)
+    text = "".join(part for pair in zip(hears, says, strict=True) for part in pair)
     assert to_trace(record, tokenizer).ids == tokenizer.full.encode(text).ids
 
 
 def teacher_records():
-    """A few of the teacher's AutoAgent conversations of each kind, in an imagined world, and that world."""
+    """An imagined world, and twelve of the teacher's AutoAgent conversations in it per kind of question."""
     world = make_world(0)
     held_out = [q for q in make_questions(world) if q.set in HELD_OUT]
     other, questions = imagined_questions(world, 0, held_out)
@@ -111,20 +121,20 @@ def teacher_records():
 
 
 def words(turn):
-    """What a teacher's turn says, written here once more."""
+    """The text of a teacher's turn, written here a second time."""
     calls = ["\n" + call_text(call["name"], call["arguments"]) for call in turn.get("calls", [])]
     answer = f"\n<answer> {turn['answer']}</answer>" if "answer" in turn else ""
     return f"<think>{turn['thought']}</think>" + "".join(calls) + answer
 
 
 def test_a_rollout_of_the_teachers_words_is_its_conversation(tokenizer):
-    """The two stages see one type with one mask: same ids, same mask, same end."""
+    """A rollout and stage 1 give the same ids, the same mask and the same end for the same text."""
     world, records = teacher_records()
     for record in records:
         said = [words(turn) for turn in record["turns"]]
         box = agents.Toolbox(record["kind"], check_tools(record["tools"]), 1)
         trace, sampler = Trace(record["question"], box.tools, (0,)), scripted(tokenizer, in_turn(*said))
-        run_episodes(AutoAgent(sampler, 12, 2000, 9000), Real(world.real), [trace])
+        run_episodes(AutoAgent(sampler, 12, 2000, 9000), data.tools.real(world.real), [trace])
         taught = to_trace(record, tokenizer)
         assert (trace.ids, trace.mask) == (taught.ids, taught.mask)
         assert trace.status == "answered" and trace.answer == record["turns"][-1]["answer"]
@@ -132,7 +142,7 @@ def test_a_rollout_of_the_teachers_words_is_its_conversation(tokenizer):
 
 
 def test_maker_and_actor_are_asked_as_they_were_taught(tokenizer):
-    """The rollout's prompt is the prompt of stage 1, and the words taught are the result."""
+    """Rollouts use the prompts of stage 1. The replies that stage 1 teaches parse to the teacher's tools and result."""
     says = MAKER_SAYS[0].removesuffix(END)
     bad = says.replace("</tools>", "{</tools>")
     sampler = scripted(tokenizer, lambda context: says if "Rejected" in context else bad)
@@ -147,7 +157,7 @@ def test_maker_and_actor_are_asked_as_they_were_taught(tokenizer):
 
 
 def test_every_call_in_a_prompt_has_its_schema():
-    """The prompt of every conversation with a call holds that tool's schema."""
+    """If a conversation calls a tool, its prompt holds the schema of that tool."""
     for record in [*teacher_records()[1], AGENT]:
         prompt = "".join(sft.split_conversation(record)[0])
         for turn in record["turns"]:
@@ -165,9 +175,25 @@ def test_teach_gives_conversations_of_all_roles():
     assert sft.teach(0, worlds=1)[0] == records
 
 
-@pytest.mark.parametrize("stage", [sft.train, sft.train_on])
-def test_as_many_worlds_are_imagined_as_asked(stage, tmp_path, monkeypatch):
-    """300 conversations in each for AutoAgent and for ToolMaker, in stage 1 and in its control."""
+@pytest.mark.parametrize("bad", [
+    "{", "[]", '{"why": ""}', '{"conversations": [{"role": "judge"}]}', '{"conversations": [{"role": "actor", "tool": {"name": 1}}]}',
+    json.dumps({"conversations": [{**AGENT, "kind": "riddle"}]}), json.dumps({"conversations": [{**MAKER, "tools": None}]}),
+    json.dumps({"conversations": [{**ACTOR, "exchanges": []}]}), '{"conversations": [3]}'], ids=lambda bad: bad[:60])
+def test_read_traces_names_the_line_that_it_cannot_read(bad, tmp_path):
+    path = tmp_path / "traces.jsonl"
+    settings, good = '{"settings": {}, "conversations": []}', json.dumps({"conversations": [AGENT, MAKER, ACTOR]})
+    path.write_text("\n".join([settings, good, bad, good]))
+    with pytest.raises(InputError) as error:
+        sft.read_traces(str(path))
+    assert str(error.value).startswith(f"{path}: line 3 was not written by mtr.py traces (") and "\n" not in str(error.value)
+    path.write_text("\n".join([settings, good, good]))
+    records, valid = sft.read_traces(str(path))  # equal conversations count once
+    assert records == {"agent": [AGENT], "maker": [MAKER], "actor": [ACTOR]} and valid == {"agent": [], "maker": []}
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_as_many_worlds_are_imagined_as_asked(continued, tmp_path, monkeypatch):
+    """Each world gives 300 conversations for AutoAgent and 300 for ToolMaker, in stage 1 and in its control."""
     class Made(Exception):
         pass
 
@@ -179,7 +205,7 @@ def test_as_many_worlds_are_imagined_as_asked(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "Run", lambda *_: SimpleNamespace(finished=False))
     for worlds in (1, 2):
         with pytest.raises(Made) as made:
-            stage(SFTConfig(out=str(tmp_path), worlds=worlds))
+            sft.train_sft(SFTConfig(out=str(tmp_path), worlds=worlds), continued)
         assert made.value.args[0] == [pytest.approx(300 * worlds, rel=0.02), 300 * worlds]
 
 
@@ -187,8 +213,15 @@ def test_as_many_worlds_are_imagined_as_asked(stage, tmp_path, monkeypatch):
 
 
 def made_up(length, mask=None, start=0):
-    """A trace whose ids tell the position, with every second token in the loss unless it is said."""
+    """A trace of consecutive ids. By default, every second token has mask 1."""
     return Trace(ids=list(range(start, start + length)), mask=mask or [i % 2 for i in range(length)])
+
+
+@pytest.mark.parametrize("mask, spans", [
+    ([], []), ([0, 0], []), ([1], [(0, 1)]), ([1, 1, 1], [(0, 3)]), ([0, 1], [(1, 2)]), ([1, 0], [(0, 1)]),
+    ([1, 0, 1], [(0, 1), (2, 3)]), ([0, 1, 1, 0, 0, 1, 0, 1, 1, 1], [(1, 3), (5, 6), (7, 10)])], ids=str)
+def test_spans_of_ones(mask, spans):
+    assert list(sft.spans_of_ones(mask)) == spans
 
 
 @pytest.mark.parametrize("tokens", [2, 8, 20, 64])
@@ -198,16 +231,16 @@ def test_cut_makes_pieces_of_the_trace(tokens):
     for piece in pieces:
         start, length = piece.ids[0], len(piece.ids)
         assert length == len(piece.mask) <= tokens and piece.ids == trace.ids[start:start + length]
-        assert piece.mask == [0, *trace.mask[start + 1:start + length]]  # a row's first id can't be scored
-        assert piece.mask[-1] == 1  # nothing after it would be learned from
-    covered = {i for piece in pieces for i, m in zip(piece.ids, piece.mask) if m}
-    assert covered == {i for i, m in zip(trace.ids, trace.mask) if m}, "a loss token is in no piece"
+        assert piece.mask == [0, *trace.mask[start + 1:start + length]]  # the first token has no context
+        assert piece.mask[-1] == 1  # tokens after the last loss token would be computed for nothing
+    covered = {i for piece in pieces for i, m in zip(piece.ids, piece.mask, strict=True) if m}
+    assert covered == {i for i, m in zip(trace.ids, trace.mask, strict=True) if m}, "a loss token is in no piece"
     assert {40, 46, 55} <= {piece.ids[-1] + 1 for piece in pieces}, "a turn's end is the end of a piece"
 
 
 def test_cut_brings_each_turn_with_what_was_before_it(tokenizer):
     pieces = sft.cut([to_trace(AGENT, tokenizer)], 10_000, 1)
-    said = [text for pair in zip(AGENT_HEARS, AGENT_SAYS) for text in pair]
+    said = [text for pair in zip(AGENT_HEARS, AGENT_SAYS, strict=True) for text in pair]
     assert [tokenizer.decode(p.ids) for p in pieces] == ["".join(said[:n]) for n in (2, 4, 6)]
 
 
@@ -218,7 +251,7 @@ def test_cut_leaves_its_input_alone():
 
 
 def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
-    """Pieces of 8 tokens, AutoAgent's of 32, then 32, AutoAgent's whole, then nothing is cut."""
+    """First: pieces of 8 tokens, AutoAgent's of 32. Then: pieces of 32, AutoAgent's traces whole. At last: all whole."""
     ends = [1, 1, 0, 1, 1, 1]
     data = {role: [made_up(10 * n, [0] * (10 * n - 6) + ends, 1000 * n) for n in range(2, 10)]
             for role in sft.ROLES}
@@ -236,6 +269,14 @@ def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     assert all(ids in seen for ids in whole) and all(ids in whole for ids in seen)
     agent = [trace.ids[0] for parts in batches[6:] for trace in parts[0]]
     assert len(agent) > 24 and all(len(set(agent[i:i + 8])) == 8 for i in range(0, len(agent) - 7, 8))  # whole epochs
+
+
+def test_micro_batches_by_hand():
+    """Traces are sorted by length. A batch counts with its padding. A trace that is too long gets its own batch."""
+    traces = [made_up(n) for n in (5, 30, 2, 4, 9, 3, 50)]
+    made = sft.micro_batches(traces, 16)
+    assert [[len(trace.ids) for trace in batch] for batch in made] == [[2, 3, 4], [5], [9], [30], [50]]
+    assert {id(trace) for batch in made for trace in batch} == set(map(id, traces)) and sft.micro_batches([], 16) == []
 
 
 @pytest.mark.parametrize("number, tokens", [(1, 100), (70, 100), (130, 400), (64, 30)])
@@ -267,8 +308,8 @@ def test_batches_hold_neighbours_in_length():
         real += sum(len(t.ids) for t in batch)
         padded += len(batch) * longest[-1]
     assert real / padded > 0.8
-    rises = sum(b > a for a, b in zip(longest, longest[1:])) / (len(longest) - 1)
-    assert 0.3 < rises < 0.7, "the batches themselves come in no order of length"
+    rises = sum(b > a for a, b in zip(longest, longest[1:], strict=False)) / (len(longest) - 1)
+    assert 0.3 < rises < 0.7, "the order of the batches depends on their length"
 
 
 # ------------------------------------------------------------------------------------ schedule, padding
@@ -277,7 +318,7 @@ def test_batches_hold_neighbours_in_length():
 @pytest.mark.parametrize("step, share", [
     (0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (35, 0.8608757), (60, 0.525), (85, 0.1891243), (110, 0.05)])
 def test_schedule_by_hand(step, share):
-    """Ten steps of warm-up, 110 in all: 0.05 + 0.95 (1 + cos(pi (step - 10) / 100)) / 2."""
+    """110 steps with 10 of warm-up, then 0.05 + 0.95 (1 + cos(pi (step - 10) / 100)) / 2."""
     assert sft.schedule(step, 110, 10) == pytest.approx(share, abs=1e-7)
 
 
@@ -293,7 +334,7 @@ def test_schedule_never_rises_after_the_peak():
 
 
 def test_the_optimizer_holds_every_weight_once(tiny):
-    """Decay on matrices alone."""
+    """Only matrices have weight decay."""
     model = tiny(dtype=torch.float32)
     names, seen = {id(weight): name for name, weight in model.named_parameters()}, []
     for group in sft.make_optimizer(model, 1e-3, 0.1).param_groups:
@@ -304,7 +345,7 @@ def test_the_optimizer_holds_every_weight_once(tiny):
 
 
 def test_optimizer_step_clips_steps_and_forgets():
-    """The norm before clipping comes back; AdamW's first step is lr · sign(gradient), whatever the clip."""
+    """It returns the norm before clipping. AdamW's first step is lr · sign(gradient), whatever the clip."""
     layer = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
     layer.weight.data = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     (layer.weight * torch.tensor([[3.0, -4.0]])).sum().backward()
@@ -320,10 +361,18 @@ def test_optimizer_step_clips_steps_and_forgets():
 
 
 def test_pad_puts_the_padding_on_the_right():
-    ids, mask = sft.pad([Trace(ids=[5, 6, 7], mask=[0, 1, 1]), Trace(ids=[8], mask=[0])])
+    """Rows are padded with zeros to a multiple of 32, in the type that is asked for."""
+    ids, mask = sft.pad([[5, 6, 7], [8]], "cpu"), sft.pad([[0, 1, 1], [0]], "cpu", torch.bool)
     assert ids[0, :3].tolist() == [5, 6, 7] and ids[1, 0] == 8 and ids.shape == mask.shape == (2, 32)
+    assert ids.sum() == 26 and ids.dtype == torch.long
     assert mask.nonzero().tolist() == [[0, 1], [0, 2]] and mask.dtype == torch.bool
-    assert sft.pad([Trace(ids=[5] * 33, mask=[0] * 33)])[0].shape == (1, 64)
+    assert sft.pad([[5] * 33], "cpu").shape == (1, 64) and sft.pad([[5] * 32], "cpu").shape == (1, 32)
+    assert sft.pad([[0.5]], "cpu").dtype == torch.float32 and sft.pad([[0.5]], "cpu", torch.float64).dtype == torch.float64
+
+
+def padded(traces):
+    """Ids and loss mask of some traces, both (B, T)."""
+    return sft.pad([trace.ids for trace in traces], "cpu"), sft.pad([trace.mask for trace in traces], "cpu", torch.bool)
 
 
 def spoken(tokenizer):
@@ -333,14 +382,14 @@ def spoken(tokenizer):
 
 @pytest.mark.parametrize("pad_id", [1, "end", "last"])
 def test_the_pad_id_is_of_no_consequence(pad_id, tokenizer, tiny):
-    """Nothing is read from it, not even where it is the end of a turn."""
+    """The log-probabilities don't depend on it, even if it is the id that ends a turn."""
     model, traces = tiny(tokenizer.size), spoken(tokenizer)
-    ids, mask = sft.pad(traces)
+    ids, mask = padded(traces)
     other = ids.clone()
     for row, trace in enumerate(traces):
         other[row, len(trace.ids):] = {"end": tokenizer.end, "last": tokenizer.size - 1}.get(pad_id, pad_id)
     assert not torch.equal(ids, other)
-    for a, b in zip(token_logprobs(model, ids, mask), token_logprobs(model, other, mask)):
+    for a, b in zip(token_logprobs(model, ids, mask), token_logprobs(model, other, mask), strict=True):
         assert torch.equal(a, b)
 
 
@@ -349,12 +398,12 @@ def test_the_pad_id_is_of_no_consequence(pad_id, tokenizer, tiny):
 
 @pytest.fixture
 def exact(monkeypatch):
-    """No bfloat16 while numbers are compared."""
+    """Turn off bfloat16, because numbers are compared."""
     monkeypatch.setattr(sft, "half_precision", lambda device: nullcontext())
 
 
 def alone(model, trace):
-    """Sum of -log p over a trace's loss tokens, one trace, one softmax a token."""
+    """Sum of -log p over the loss tokens of one trace, with one softmax per token."""
     logits = model.head(model(torch.tensor([trace.ids])))[0]
     return sum(-logits[t - 1].log_softmax(-1)[trace.ids[t]] for t in range(1, len(trace.ids))
                if trace.mask[t])
@@ -370,7 +419,7 @@ def test_masked_loss_is_the_sum_over_what_the_role_said(tokenizer, tiny, exact):
 
 
 def test_held_out_loss_of_a_model_that_knows_nothing(tokenizer, tiny):
-    """Every logit 0: log V a token, whatever the traces are."""
+    """If all logits are 0, the loss is log V per token, whatever the traces are."""
     model = tiny(tokenizer.size, dtype=torch.float32)
     model.model["embed_tokens"].weight.data.zero_()
     loss = sft.held_out_loss(model, spoken(tokenizer) * 5, "cpu", 2000)
@@ -378,7 +427,7 @@ def test_held_out_loss_of_a_model_that_knows_nothing(tokenizer, tiny):
 
 
 def test_held_out_loss_is_a_mean_over_tokens_not_over_batches(tokenizer, tiny, exact):
-    """13 short traces and a long one, the batches unequal."""
+    """13 short traces and a long one make batches of different sizes."""
     model = tiny(tokenizer.size)
     short, long = to_trace(ACTOR, tokenizer), to_trace(MAKER, tokenizer)
     want = (13 * alone(model, short) + alone(model, long)) / (13 * sum(short.mask) + sum(long.mask))
@@ -388,7 +437,7 @@ def test_held_out_loss_is_a_mean_over_tokens_not_over_batches(tokenizer, tiny, e
 
 
 def test_each_role_counts_the_same(tokenizer, tiny, exact):
-    """The step's gradient is that of the mean of the roles' means, however much each says."""
+    """The gradient is that of the mean of the three roles' means, however many tokens each role has."""
     model, traces = tiny(tokenizer.size), spoken(tokenizer)
     losses, tokens = sft.train_step(model, [[trace] for trace in traces], "cpu")
     got = [p.grad.clone() for p in model.parameters()]
@@ -396,13 +445,12 @@ def test_each_role_counts_the_same(tokenizer, tiny, exact):
                                     for t in traces]) and tokens == sum(sum(t.mask) for t in traces)
     model.zero_grad()
     (sum(alone(model, t) / sum(t.mask) for t in traces) / 3).backward()
-    for gradient, p in zip(got, model.parameters()):
+    for gradient, p in zip(got, model.parameters(), strict=True):
         assert float((gradient - p.grad).norm()) <= 1e-9 * float(p.grad.norm() + 1e-30)
 
 
 def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
-    """There are logits for the loss tokens, and of padding, all zeros, but for no others: nothing else can have a
-    gradient."""
+    """The head sees the states of the loss tokens, and rows of zeros as padding. So no other token has a gradient."""
     model, trace = tiny(tokenizer.size), to_trace(AGENT, tokenizer)
     states = []
     model.head, head = lambda x: states.append(x) or head(x), model.head
@@ -411,70 +459,113 @@ def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
     assert len(rows) == -(-n // 128) * 128 and rows[:n].any(1).all() and not rows[n:].any()
 
 
-# --------------------------------------------------------------------------------------------- configs
+# --------------------------------------------------------------------------------------------- options
 
-CONFIGS = {  # where each is read, and under what name
+CONFIGS = {  # the files that read the config, and its name there
     SFTConfig: {"sft.py": "config", "mtr.py": "first"},
     GRPOConfig: {"grpo.py": "(?:config|c)", "mtr.py": "second"},
-    EvalConfig: {"evaluate.py": "(?:config|c)"},
-    RunConfig: {"mtr.py": "config"}}
+    AgentConfig: {"evaluate.py": "config"},
+    EvalConfig: {"evaluate.py": "config"},
+    TracesConfig: {"evaluate.py": "config", "mtr.py": "config"},
+    AskConfig: {"evaluate.py": "config", "mtr.py": "config"},
+    RunConfig: {"mtr.py": "config"},
+    ShowConfig: {"mtr.py": "config"}}
+NEEDED = {TracesConfig: {"model": "teacher", "data": ("a.json",)}}  # options without a usable default
 
 
 def without_class(source, name):
     """A file's text without the body of one class."""
-    return re.sub(rf"(?ms)^@dataclass\nclass {name}:.*?(?=^\S)", "", source)
+    return re.sub(rf"(?ms)^@dataclass\nclass {name}\b.*?(?=^\S)", "", source)
 
 
 @pytest.mark.parametrize("config, field", [(c, f.name) for c in CONFIGS for f in dataclasses.fields(c)],
                          ids=lambda value: getattr(value, "__name__", value))
 def test_every_option_is_read_somewhere(config, field):
-    """Outside of the class itself, as an attribute of a config or by a getattr with a made-up name."""
-    shared = inspect.getsource(run_file.set_up) + inspect.getsource(run_file.Run)  # which every stage hands its config to
+    """Outside of its class, as an attribute of a config or by getattr."""
+    shared = inspect.getsource(run_file.set_up) + inspect.getsource(Run)  # every stage passes its config to them
     read = re.findall(rf"\bconfig\.{field}\b", shared)
     for file, name in CONFIGS[config].items():
         source = without_class((ROOT / file).read_text(encoding="utf-8"), config.__name__)
         assert f"class {config.__name__}" not in source
         read += re.findall(rf"\b{name}\.{field}\b(?!\s*=[^=])", source)
         read += [s for s in re.findall(r'getattr\(config, f"\{\w+\}(\w+)"', source) if field.endswith(s)]
+        if field in evaluate.LIMITS:
+            read += re.findall(r"getattr\(config, name\) or .* in LIMITS\b", source)
     assert read, f"{config.__name__}.{field} is an option that nothing reads"
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_option_has_a_meaning_and_a_value_of_its_type(config):
+    built = config(**NEEDED.get(config, {}))
     for field in dataclasses.fields(config):
-        assert field.metadata["help"] and type(getattr(config(), field.name)) in (get_args(field.type) or (field.type,))
+        types = get_args(field.type) or (field.type,)
+        assert field.metadata["help"] and type(getattr(built, field.name)) in types and type(field.default) in types
         assert field.default in field.metadata.get("choices", [field.default])
 
 
 WRONG = [(SFTConfig, name, value) for name, values in {
-    "steps": (0, -1), "lr": (0.0, -1e-3, math.nan), "clip_norm": (0.0,), "eval_every": (0,), "width": (0,),
-    "layers": (0,), "heads": (0, 5), "kv_heads": (0,), "mlp": (0,), "piece": (0, 1), "piece_steps": (0,),
-    "worlds": (0,), "agent_tokens": (0,), "maker_tokens": (0,), "actor_tokens": (0,), "vocab": (0, 100), "threads": (-1,),
-    "weight_decay": (-1.0,)}.items() for value in values]
+    "steps": (0, -1), "lr": (0.0, -1e-3, math.nan, math.inf), "clip_norm": (0.0,), "eval_every": (0,), "save_every": (0,),
+    "piece": (0, 1), "piece_steps": (0,), "worlds": (0,), "agent_tokens": (0,), "maker_tokens": (0,), "actor_tokens": (0,),
+    "threads": (-1,), "weight_decay": (-1.0, math.nan, math.inf), "warmup": (-1,), "continued_steps": (0,),
+    "seed": (-1, 10 ** 16)}.items() for value in values]
 WRONG += [(GRPOConfig, name, value) for name, values in {
     "steps": (0, -1), "questions": (0,), "group": (1, 0, -3), "epochs": (0,), "minibatches": (0,),
-    "lr": (0.0, math.nan), "clip_norm": (0.0,), "loss": ("ppo", ""), "clip_low": (0.0, -0.2),
-    "clip_high": (0.0,), "beta": (-0.1,), "w_answer": (0.0, 0.2), "w_consistency": (0.0, -0.1),
+    "lr": (0.0, math.nan), "clip_norm": (0.0,), "beta": (-0.1,), "w_answer": (0.0, 0.2), "w_consistency": (0.0, -0.1),
     "partial": (-0.1, 1.1, 1.0, 0.9), "temperature": (0.0, -1.0), "max_turns": (0,), "turn_tokens": (0,),
-    "trace_tokens": (0,), "eval_every": (0,), "threads": (-1,)}.items() for value in values]
+    "trace_tokens": (0,), "micro_tokens": (0,), "eval_every": (0,), "save_every": (0,), "threads": (-1,),
+    "seed": (-1,)}.items() for value in values]
+WRONG += [(config, name, value) for config in (AgentConfig, EvalConfig, AskConfig) for name, values in {
+    "seed": (-1,), "threads": (-1,), "temperature": (-0.1,), "max_turns": (0,), "turn_tokens": (0,),
+    "trace_tokens": (-5,)}.items() for value in values]
+WRONG += [(RunConfig, "seed", -1), (RunConfig, "threads", -1), (EvalConfig, "rows", 0), (EvalConfig, "samples", 0)]
 
 
 @pytest.mark.parametrize("config, field, value", WRONG,
                          ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_wrong_value_is_named(config, field, value):
-    """When the config is built, in one line, not as a traceback an hour later."""
+    """The config refuses it when it is built, in one line."""
     with pytest.raises(InputError, match=field) as error:
         config(**{field: value})
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("width, heads, kv_heads", [(192, 5, 1), (192, 4, 3), (6, 2, 1), (190, 38, 5)])
-def test_a_shape_that_does_not_divide_is_named(width, heads, kv_heads):
-    with pytest.raises(InputError, match="heads"):
-        SFTConfig(width=width, heads=heads, kv_heads=kv_heads)
+@dataclasses.dataclass
+class Numbers:
+    """A config with each sort of field."""
+    positive: float = option(1.0, "a number above 0")
+    zero: int = option(0, "a number of at least 0", least=0)
+    two: int = option(2, "a number of at least 2", least=2)
+    unset: int | None = option(None, "no number")
+    flag: bool = option(False, "no number")
+    text: str = option("", "no number")
+    files: tuple = option((), "no number")
 
 
-@pytest.mark.parametrize("options", [{}, {"width": 64, "heads": 2, "kv_heads": 2}, {"steps": 1, "warmup": 0}],
+@pytest.mark.parametrize("field, value, message", [
+    ("positive", 0.0, "positive: expected a number above 0, found 0.0"),
+    ("positive", -1, "positive: expected a number above 0, found -1"),
+    ("positive", math.nan, "positive: expected a number above 0, found nan"),
+    ("positive", math.inf, "positive: expected a number above 0, found inf"),
+    ("positive", 1.1e15, "positive: expected a number above 0, found 1100000000000000.0"),
+    ("zero", -1, "zero: expected a number of at least 0, found -1"),
+    ("zero", math.nan, "zero: expected a number of at least 0, found nan"),
+    ("zero", 10 ** 16, "zero: expected a number of at least 0, found 10000000000000000"),
+    ("two", 1, "two: expected a number of at least 2, found 1"),
+    ("unset", 0, "unset: expected a number above 0, found 0")])
+def test_validate_names_field_bound_and_value(field, value, message):
+    with pytest.raises(InputError) as error:
+        run_file.validate(Numbers(**{field: value}))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"positive": 1e-9}, {"positive": 1e15}, {"zero": 0}, {"zero": 10 ** 15}, {"two": 2}, {"unset": 1},
+    {"flag": True}, {"text": "-1"}, {"files": ("0",)}], ids=str)
+def test_validate_accepts_the_bounds_and_all_that_is_no_number(options):
+    run_file.validate(Numbers(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"shape": "toy", "piece": 2, "seed": 10 ** 15}, {"steps": 1, "warmup": 0}],
                          ids=str)
 def test_right_values_pass(options):
     for name, value in options.items():
@@ -483,18 +574,45 @@ def test_right_values_pass(options):
         SFTConfig(no_such_option=1)
 
 
-# ------------------------------------------------------------------------------------- teacher's lessons
+# ------------------------------------------------------------------------------- the random model, the teacher
+
+
+@pytest.mark.parametrize("shape, numbers", [("miniature", (192, 512, 3, 3, 1)), ("toy", (64, 128, 2, 2, 1))])
+def test_the_random_model_has_its_shape_and_knows_each_name_as_one_token(shape, numbers, tmp_path):
+    """The tokenizer has at most 1280 ids. The weights depend on the seed alone."""
+    records = {role: part[:40] for role, part in sft.teach(3, worlds=1)[0].items()}
+    config = SFTConfig(out=str(tmp_path), seed=3, shape=shape)
+    run = Run(tmp_path / "sft", config, sft.SFT_COLUMNS)
+    model, tokenizer = sft.new_miniature(config, records, run)
+    c = model.config
+    assert (c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads) == numbers
+    assert c.vocab_size == tokenizer.size <= 1280 and c.tie_word_embeddings and c.max_position_embeddings == 2048
+    names = [name for part in make_world(3).names.values() for name in part]
+    assert len(names) > 80 and all(len(tokenizer.encode([name])) == 1 for name in names)
+    again, _ = sft.new_miniature(config, records, run)
+    other, _ = sft.new_miniature(dataclasses.replace(config, seed=4), records, run)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(dict(model.named_parameters())[name], dict(other.named_parameters())[name])
+
+
+def test_world_seed_is_the_seed_of_stage_1(tmp_path):
+    Run(tmp_path / "sft", SFTConfig(out=str(tmp_path), seed=77), sft.SFT_COLUMNS)
+    assert sft.world_seed(str(tmp_path)) == 77
+    with pytest.raises(InputError, match="config.json: no such file"):
+        sft.world_seed(str(tmp_path / "nowhere"))
 
 
 def test_all_that_is_taught_fits_the_tokenizer_and_the_loss(tokenizer):
-    """Each conversation ends on the role's own <|im_end|> and decodes to what was written."""
+    """Each conversation ends with an <|im_end|> that the role generates, and decodes to the recorded text."""
     world, rng = make_world(1), random.Random(0)
     questions = [q for q in make_questions(world) if q.set == "train"][::40]
     records = [teach_agent(world, q, rng) for q in questions] + [teach_maker(q, rng) for q in questions]
     for record in [*records, *teach_actor(world, rng)[::5]]:
         trace = to_trace(record, tokenizer)
         prompt, turns = sft.split_conversation(record)
-        text = "".join(prompt) + "".join("".join([*said, END, *heard]) for said, heard in turns)
+        text = "".join(prompt) + "".join("".join([*generated, END, *received]) for generated, received in turns)
         assert tokenizer.decode(trace.ids) == text and trace.ids[-1] == tokenizer.end and trace.mask[-1] == 1
         assert trace.ids.count(tokenizer.control[START]) == trace.ids.count(tokenizer.end)
-        assert sum(trace.mask) == sum(len(tokenizer.encode([*said, agents.IM_END])) for said, _ in turns)
+        assert sum(trace.mask) == sum(len(tokenizer.encode([*generated, agents.IM_END])) for generated, _ in turns)
