@@ -1,8 +1,9 @@
-"""Runs that are killed and resumed against the run that nobody killed; Ctrl-C, a full disk, damaged checkpoints.
+"""Runs that are killed and resumed against a run that was not killed; the run folder; Ctrl-C, a full disk.
 
-MTR_DEEP=1 makes the runs longer, and 26 kills of the 5."""
+With MTR_DEEP=1 the runs are longer and are killed 26 times, not 5 times."""
 import csv
 import json
+import math
 import os
 import random
 import resource
@@ -19,23 +20,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import run as run_file
 import sft
-from data import InputError
+from agents import Trace
+from data import InputError, fingerprint
 from model import load
-from run import Run, fingerprint
+from run import Run
 from sft import SFTConfig
 
 DEEP = "MTR_DEEP" in os.environ
 STEPS = {"sft": 700 if DEEP else 40, "grpo": 300 if DEEP else 12}
-FLAGS = {"sft": "--width 64 --layers 2 --heads 2 --mlp 128 --vocab 500 --agent-tokens 600 --maker-tokens 400 --actor-tokens 400 "
+FLAGS = {"sft": "--shape toy --agent-tokens 600 --maker-tokens 400 --actor-tokens 400 "
                 "--piece-steps 20 --warmup 5 --save-every 6 --eval-every 25",
-         "grpo": "--loss grpo --questions 3 --group 3 --turn-tokens 24 --max-turns 3 --save-every 4 --eval-every 7"}
-# Which phases are hit at least how often, and how many kills more anywhere.
+         "grpo": "--loss grpo --questions 3 --group 3 --turn-tokens 60 --max-turns 3 --save-every 4 --eval-every 7"}
+# The number of kills in each phase, and how many more in any phase.
 QUOTAS = {"sft": ({"update": 3, "saving": 3} if DEEP else {"update": 1, "saving": 1}, 0),
           "grpo": ({"rollout": 5, "update": 5, "saving": 3} if DEEP else {"rollout": 1, "update": 1, "saving": 1}, 7 * DEEP)}
 
 
 def start(stage, out, *flags, die="none 0 0"):
-    """The toy run as a process of its own."""
+    """Start the toy run as a process."""
     command = [sys.executable, Path(__file__).with_name("toy_run.py"), stage, out, "--steps", str(STEPS[stage]),
                "--threads", "1", *FLAGS[stage].split(), *flags]
     return subprocess.run(command, capture_output=True, text=True,
@@ -43,18 +45,18 @@ def start(stage, out, *flags, die="none 0 0"):
 
 
 def phases(out):
-    """What a run was doing: (phase, step, begin, end), no end for what it died in."""
+    """The phases of a run: (phase, step, begin, end). The phase in which it died has no end."""
     lines = [line.split() for line in (out / "phases").read_text().splitlines()]
     return [(p[0], int(p[1]), float(p[2]), float(p[3]) if len(p) == 4 else None) for p in lines]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Both stages, killed by nobody; when they did what."""
+    """The folder of a run of both stages that was not killed, and the phases of each stage."""
     out = tmp_path_factory.mktemp("whole")
     lesson = sft.teach(0, worlds=1)
     rng = random.Random(0)
-    few = [{role: rng.sample(part, n) for role, part in half.items()} for half, n in zip(lesson, (60, 10))]
+    few = [{role: rng.sample(part, n) for role, part in half.items()} for half, n in zip(lesson, (60, 10), strict=True)]
     (out / "lesson.json").write_text(json.dumps(few), encoding="utf-8")
     times = {}
     for stage in ("sft", "grpo"):
@@ -66,8 +68,8 @@ def whole(tmp_path_factory):
 
 
 def moments(timeline, quota, more, rng):
-    """Times to die at, in order: uniform over all the time that the run spent in a phase, for each phase of the quota,
-    then `more` uniform over all of them -> (phase, step, seconds after its begin)."""
+    """Times to die at, sorted -> "phase step seconds-after-its-begin". For each phase of the quota they are uniform over
+    the time that the run spent in this phase. `more` times are uniform over all phases."""
     chosen = []
     for phase in [name for name, n in quota.items() for _ in range(n)] + [None] * more:
         parts = [p for p in timeline if phase in (None, p[0])]
@@ -91,17 +93,17 @@ def rows(path):
 
 
 def assert_same(a, b):
-    """Two folders of a stage: weights bit for bit, metrics but for the times, traces, what the last checkpoint holds."""
+    """Compare two folders of a stage: weights bit for bit, metrics without the times, traces, the last checkpoint."""
     assert (a / "model" / "model.safetensors").read_bytes() == (b / "model" / "model.safetensors").read_bytes()
     assert rows(a / "metrics.csv") == rows(b / "metrics.csv")
-    if (a / "traces.jsonl").exists():
-        assert (a / "traces.jsonl").read_text() == (b / "traces.jsonl").read_text()
+    assert (a / "traces.jsonl").read_text() == (b / "traces.jsonl").read_text()
+    sources = [json.loads((x / "config.json").read_text())["sources"] for x in (a, b)]
+    assert sources[0] == sources[1]
     names = [[f.name for f in sorted((x / "checkpoints").glob("0*"))] for x in (a, b)]
-    assert names[0] == names[1] and 2 <= len(names[0]) <= 3
+    assert names[0] == names[1] and len(names[0]) == 2
     last = [json.loads((x / "checkpoints" / names[0][-1] / "state.json").read_text()) for x in (a, b)]
     for state in last:
         state["logs"].pop("metrics.csv")  # the times differ in length
-        state["source"] = state["source"] and state["source"]["sha256"]
     assert last[0] == last[1]
     moments_ = [(x / "checkpoints" / names[0][-1] / "optimizer.safetensors").read_bytes() for x in (a, b)]
     assert moments_[0] == moments_[1]
@@ -109,11 +111,11 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_killed_and_resumed_is_as_if_never_killed(stage, whole, tmp_path):
-    """One run, killed again and again while it samples, learns and saves, each time resumed."""
+    """One run is killed while it samples, trains and saves, and is resumed each time. It ends with the same weights."""
     whole, times = whole
     out, landed = beginning(whole, tmp_path / "killed", stage), {}
     timeline = times[stage]
-    print(f"{stage}: {timeline[-1][3] - timeline[0][2]:.1f} s in the run that nobody killed")
+    print(f"{stage}: {timeline[-1][3] - timeline[0][2]:.1f} s in the run that was not killed")
     for moment in moments(timeline, *QUOTAS[stage], random.Random(f"kills {stage}")):
         done = start(stage, out, *["--resume"] * (out / stage).exists(), die=moment)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -129,32 +131,34 @@ def test_killed_and_resumed_is_as_if_never_killed(stage, whole, tmp_path):
 
 
 def test_the_toy_is_no_trivial_run(whole):
-    """The runs that are compared learn, ask the ToolActor and remember what it said."""
+    """The compared runs train, ask the ToolActor and use its memo."""
     out, _ = whole
     made = rows(out / "grpo" / "metrics.csv")
     assert len(made) == STEPS["grpo"] and sum(int(row["updates"]) for row in made) > 0.9 * len(made)
     assert any(0 < float(row["memo_hits"]) < 1 for row in made)
     before, after = (load(out / stage / "model")[0] for stage in ("sft", "grpo"))
-    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert [row["step"] for row in rows(out / "sft" / "metrics.csv")] == [str(step) for step in range(STEPS["sft"])]
+    assert (out / "grpo" / "traces.jsonl").stat().st_size > 0 and (out / "sft" / "traces.jsonl").read_bytes() == b""
 
 
 # ------------------------------------------------------------------------------- within one process
 
 
 def config(out, **more):
-    return SFTConfig(out=str(out), width=16, heads=2, mlp=16, layers=1, **more)
+    return SFTConfig(out=str(out), shape="toy", **more)
 
 
 @pytest.fixture
 def begun(tmp_path, tokenizer, tiny):
-    """A run that made three steps: its folder; a function that takes it up and makes some more."""
-    def go(total, scores=(), before=lambda step: None, **more):
-        run = Run(tmp_path / "sft", config(tmp_path, save_every=1, **more), ["step", "dropped", "heldout_greedy"])
+    """A run that made three steps: its folder, and a function that resumes it and returns the steps that it makes."""
+    def go(total, before=lambda step: None, **more):
+        run = Run(tmp_path / "sft", config(tmp_path, save_every=1, **more), ["step", "loss"])
         model = tiny(tokenizer.size, dtype=torch.float32)
         made = []
         for step in run.steps(total, model, tokenizer, sft.make_optimizer(model, 0.1, 0.0)):
             before(step)
-            run.log({"step": step, "dropped": 0, "heldout_greedy": dict(enumerate(scores)).get(step, "")})
+            run.log({"step": step, "loss": 0.5})
             made.append(step)
         return made
     go(3)
@@ -163,6 +167,16 @@ def begun(tmp_path, tokenizer, tiny):
 
 def checkpoints(folder):
     return sorted(int(f.name) for f in (folder / "checkpoints").glob("0*"))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def finish(folder):
+    """Make a run look finished."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text("{}")
 
 
 def test_resume_makes_the_steps_that_are_left(begun):
@@ -174,18 +188,22 @@ def test_resume_makes_the_steps_that_are_left(begun):
 def test_rows_after_the_checkpoint_are_written_again(begun):
     folder, go = begun
     with open(folder / "metrics.csv", "a") as file:
-        file.write("3,0,\r\n4,0")
+        file.write("3,0.5\r\n4,0")
+    (folder / "traces.jsonl").write_text('{"step": 3}\n')
     assert go(5, resume=True) == [3, 4]
     assert [row["step"] for row in rows(folder / "metrics.csv")] == list("01234")
+    assert (folder / "traces.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("scores, kept", [
-    ([], [7, 8]), ([0.1, 0.5, 0.3, 0.2], [2, 7, 8]), ([0.0] * 8, [7, 8]), ([0.1] * 6 + [0.9], [7, 8])])
-def test_the_last_two_and_the_best_are_kept(scores, kept, begun):
+def test_the_last_two_are_kept(begun):
+    """Also if a kill came before an old one was removed."""
     folder, go = begun
     shutil.rmtree(folder)
-    go(8, scores)
-    assert checkpoints(folder) == kept
+    go(8)
+    assert checkpoints(folder) == [7, 8]
+    for older in ("0000005", "0000006"):
+        shutil.copytree(folder / "checkpoints" / "0000007", folder / "checkpoints" / older)
+    assert go(9, resume=True) == [8] and checkpoints(folder) == [8, 9]
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -193,119 +211,177 @@ def test_a_run_is_not_overwritten(begun, finished):
     folder, go = begun
     if finished:
         shutil.rmtree(folder / "checkpoints")
-        (folder / "model").mkdir(exist_ok=True)
-        (folder / "model" / "config.json").write_text("{}")
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(InputError, match="holds a run; --resume"):
+        finish(folder)
+    before = contents(folder)
+    with pytest.raises(InputError, match="holds a run; continue it with --resume"):
         go(5)
-    assert sorted(folder.rglob("*")) == before
+    assert contents(folder) == before
 
 
-@pytest.mark.parametrize("more", [{"lr": 0.5}, {"seed": 1}, {"threads": 1}])
-def test_resume_goes_on_as_the_run_began(more, begun):
-    folder, go = begun
-    before = (folder / "metrics.csv").read_bytes()
-    with pytest.raises(InputError, match=f"^{next(iter(more))}: .* was begun with"):
-        go(5, resume=True, **more)
-    assert (folder / "metrics.csv").read_bytes() == before
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_is_not_a_run_is_left_alone(resume, tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "thesis.txt").write_text("important")
+    with pytest.raises(InputError, match="holds something that is not a run"):
+        Run(tmp_path / "sft", config(tmp_path, resume=resume), ["step"])
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == ["thesis.txt"]
 
 
-def test_resume_wants_the_model_that_the_run_began_with(begun, tmp_path, folder):
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("more", [{"lr": 0.5}, {"seed": 1}, {"threads": 1}, {"traces": "t"}, {"save_every": 2}])
+def test_resume_goes_on_as_the_run_began(more, finished, begun, tmp_path):
+    folder, _ = begun
+    if finished:
+        finish(folder)
+    before = contents(folder)
+    with pytest.raises(InputError, match=f"^{next(iter(more))}: .* was started with") as error:
+        Run(folder, config(tmp_path, **{"save_every": 1, "resume": True, **more}), ["step"])
+    assert "\n" not in str(error.value) and contents(folder) == before
+
+
+def test_config_json_holds_the_options_and_a_fingerprint_of_the_sources(tmp_path, folder):
+    file = tmp_path / "traces.jsonl"
+    file.write_text("one")
+    Run(tmp_path / "sft", config(tmp_path, lr=0.25), ["step"], (folder, file))
+    begun = json.loads((tmp_path / "sft" / "config.json").read_text())
+    assert begun.pop("sources") == fingerprint(folder, file) and SFTConfig(**begun) == config(tmp_path, lr=0.25)
+    assert {path.name: path.stat().st_size for path in (tmp_path / "sft").iterdir() if path.name != "config.json"} == {
+        "metrics.csv": 0, "traces.jsonl": 0}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_wants_the_model_that_the_run_began_with(finished, begun, tmp_path, folder):
     run, _ = begun
-    state = json.loads((run / "checkpoints" / "0000003" / "state.json").read_text())
-    state["source"] = {"name": "elsewhere", "sha256": "0" * 64}
-    (run / "checkpoints" / "0000003" / "state.json").write_text(json.dumps(state))
-    for finished in (False, True):
-        if finished:
-            (run / "model").mkdir(exist_ok=True)
-            (run / "model" / "config.json").write_text("{}")
-        with pytest.raises(InputError, match="begun with another"):
-            Run(run, config(tmp_path, save_every=1, resume=True), ["step"], folder)
+    begun = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**begun, "sources": fingerprint(folder)}))
+    if finished:
+        finish(run)
+    again = config(tmp_path, save_every=1, resume=True)
+    assert Run(run, again, ["step"], (folder,)).finished == finished
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # one bit
+    (folder / "model.safetensors").write_bytes(weights)
+    for other in ((folder,), (), (run / "checkpoints" / "0000003",)):
+        with pytest.raises(InputError, match="^sources: .* was started with"):
+            Run(run, again, ["step"], other)
 
 
 def test_resume_wants_the_files_that_the_run_began_with(begun, tmp_path):
     (run, _), file = begun, tmp_path / "traces.jsonl"
     file.write_text("one")
-    state = json.loads((run / "checkpoints" / "0000003" / "state.json").read_text())
-    state["source"] = {"name": "", "sha256": fingerprint(file)}
-    (run / "checkpoints" / "0000003" / "state.json").write_text(json.dumps(state))
+    begun = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**begun, "sources": fingerprint(file)}))
     again = config(tmp_path, save_every=1, resume=True)
-    Run(run, again, ["step"], files=(str(file),)).file.close()
+    Run(run, again, ["step"], (str(file),))
     file.write_text("two")
-    with pytest.raises(InputError, match="begun with another"):
-        Run(run, again, ["step"], files=(str(file),))
+    with pytest.raises(InputError, match="^sources: .* was started with"):
+        Run(run, again, ["step"], (str(file),))
 
 
-def test_resume_of_nothing_starts_at_the_beginning_and_says_so(begun, capsys):
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_without_a_checkpoint_starts_at_the_beginning(resume, begun):
+    """Also with other options. Logs of a run that was killed before it saved are emptied."""
     folder, go = begun
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "traces.jsonl").write_text('{"step": 0}\n')
+    assert go(2, resume=resume, lr=0.25) == [0, 1] and [row["step"] for row in rows(folder / "metrics.csv")] == list("01")
+    assert (folder / "traces.jsonl").read_bytes() == b"" and json.loads((folder / "config.json").read_text())["lr"] == 0.25
     shutil.rmtree(folder)
-    assert go(2, resume=True) == [0, 1] and "no checkpoint" in capsys.readouterr().err
+    assert go(2, resume=resume) == [0, 1]
 
 
-def test_too_small_a_disk_is_found_before_the_first_step(begun, monkeypatch):
-    folder, go = begun
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="needed for checkpoints"):
-        go(5, resume=True)
-    assert checkpoints(folder) == [2, 3]
+@pytest.mark.parametrize("row, name", [
+    ({"step": 7, "loss": math.nan}, "loss"), ({"step": 7, "loss": math.inf}, "loss"), ({"step": 7, "loss": -math.inf}, "loss"),
+    ({"step": 7, "loss": 0.5, "grad_norm": math.nan}, "grad_norm"), ({"step": 7, "loss": 0.5}, None),
+    ({"step": 7, "loss": "", "grad_norm": None}, None), ({"step": 7, "loss": 10 ** 400}, None)], ids=str)
+def test_a_value_that_is_not_finite_ends_the_run(row, name, tmp_path):
+    """The row is written before, so that the reader of metrics.csv sees it."""
+    run = Run(tmp_path / "sft", config(tmp_path), ["step", "loss", "grad_norm"])
+    run.log({"step": 6, "loss": 0.123456789})
+    if name:
+        with pytest.raises(SystemExit) as end:
+            run.log(row)
+        assert end.value.code == (f"step 7: {name} is {row[name]}. The run ends here; {tmp_path / 'sft' / 'checkpoints'} "
+                                  "keeps its last checkpoint")
+    else:
+        run.log(row)
+    first, second = rows(tmp_path / "sft" / "metrics.csv")
+    assert first == {"step": "6", "loss": "0.123457", "grad_norm": ""} and second["step"] == "7"
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_finish_the_step_and_tell_the_way_on(number, code, begun, capsys, monkeypatch):
+def test_traces_are_appended_one_per_line(tmp_path):
+    run = Run(tmp_path / "sft", config(tmp_path), ["step"])
+    run.save_traces(0, [Trace("Who\n?"), Trace("é\u2028")])
+    run.save_traces(1, [Trace("x")])
+    lines = [json.loads(line) for line in (tmp_path / "sft" / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["question"]) for line in lines] == [(0, "Who\n?"), (0, "é\u2028"), (1, "x")]
+
+
+@pytest.fixture
+def handlers():
+    """Ctrl-C works, even where the tests run in the background, and the signal handlers come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+STOPPED = "sft.py: stopped; --resume continues a training run from its last checkpoint\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_at_once_and_tell_the_way_on(number, begun, handlers, capsys, monkeypatch):
     folder, go = begun
     monkeypatch.setattr(sys, "argv", ["sft.py", "--out", "a b"])
-    term = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         run_file.run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
-    signal.signal(signal.SIGTERM, term)
-    assert end.value.code == code and checkpoints(folder) == [4, 5]
-    assert capsys.readouterr().err == "stopped after step 4; go on with: python sft.py --out 'a b' --resume\n"
-    assert go(6, resume=True) == [5]
+    assert end.value.code == 130 and checkpoints(folder) == [3, 4] and capsys.readouterr().err == STOPPED
+    assert [row["step"] for row in rows(folder / "metrics.csv")] == list("0123")
+    assert go(6, resume=True) == [4, 5]
 
 
-def test_sigterm_before_the_first_step_ends_at_once(capsys):
-    term = signal.getsignal(signal.SIGTERM)
+def test_sigterm_before_the_first_step_ends_at_once(handlers, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sft.py"])
     with pytest.raises(SystemExit) as end:
         run_file.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    signal.signal(signal.SIGTERM, term)
-    assert end.value.code == 143 and capsys.readouterr().err == "terminated\n"
+    assert end.value.code == 130 and capsys.readouterr().err == STOPPED
 
 
-def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_whole(begun, capsys):
-    """No file may grow beyond 2,000 bytes from step 4 on, as if the disk had no more room."""
+def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_whole(begun, handlers, capsys):
+    """No file may grow beyond 2,000 bytes from step 4 on, as if the disk were full."""
     folder, go = begun
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    term = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end:
             run_file.run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
                 resource.RLIMIT_FSIZE, (2000, old[1])), resume=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGTERM, term)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and "too large" in said
     assert checkpoints(folder) == [3, 4] and go(6, resume=True) == [4, 5]
 
 
-def test_a_damaged_checkpoint_is_passed_over(begun, capsys):
-    """What a broken copy of a run left of its newest checkpoint costs the steps since the one before."""
-    folder, go = begun
-    for name, size in (("model.safetensors", 1000), ("state.json", 20), ("optimizer.safetensors", 0)):
-        os.truncate(folder / "checkpoints" / "0000003" / name, size)
-        assert go(3, resume=True) == [2] and "0000003: damaged" in capsys.readouterr().err
-        assert checkpoints(folder) == [2, 3]
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried\nto"), torch.OutOfMemoryError("out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as end:
+        run_file.run_main(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, --group, " in said
 
 
-def test_the_second_ctrl_c_ends_at_once_and_the_handlers_come_back(request):
-    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, was))
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt), run_file.interrupts() as asked:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked == [signal.SIGINT]
-        os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), KeyError("a bug")], ids=repr)
+def test_a_bug_keeps_its_traceback(error, handlers):
+    def main():
+        raise error
+    with pytest.raises(type(error)) as raised:
+        run_file.run_main(main)
+    assert raised.value is error
 
 
 class Calls(TorchDispatchMode):
@@ -329,13 +405,17 @@ def test_set_up_calls_each_vector_function_on_one_element():
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):
-    """Also where writing breaks off in the middle."""
-    def broken(part):
-        (part / "a").write_text("half")
-        raise OSError("no space")
-    run_file.write_whole(tmp_path / "x", lambda part: (part / "a").write_text("whole"))
-    with pytest.raises(OSError):
-        run_file.write_whole(tmp_path / "x", broken)
-    assert [f.read_text() for f in (tmp_path / "x").iterdir()] == ["whole"]
-    run_file.write_whole(tmp_path / "x", lambda part: (part / "b").write_text("new"))
+    """Also if writing breaks off in the middle. What an earlier kill left is removed."""
+    def write(name, text, error=None):
+        with run_file.whole_folder(tmp_path / "x") as part:
+            (part / name).write_text(text)
+            assert [f.name for f in part.iterdir()] == [name]
+            if error:
+                raise error
+    write("a", "whole")
+    for error in (OSError("no space"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            write("b", "half", error)
+        assert [f.read_text() for f in (tmp_path / "x").iterdir()] == ["whole"]
+    write("b", "new")
     assert [f.name for f in (tmp_path / "x").iterdir()] == ["b"] and [f.name for f in tmp_path.iterdir()] == ["x"]

@@ -1,15 +1,16 @@
 """A toy run of one stage that can be told to die: python tests/toy_run.py STAGE OUT FLAG... (test_resume.py starts it).
 
-The stage's own program, but for three things that a toy has too little time for. Stage 1's lesson is read from
-OUT/lesson.json; in stage 2 every turn is a call, so that the ToolActor is asked, and the reward is one that random
-weights can earn. OUT/phases says what the run is doing and since when; DIE="phase step seconds" in the environment
-kills it (SIGKILL) in that phase of that step, after that many seconds or at the phase's end."""
+It is the stage's own program with a few changes, because a toy learns too little. Stage 1 trains on the conversations in
+OUT/lesson.json, with a tokenizer of 500 ids. In stage 2 every turn is a call, so the ToolActor is asked. The reward of
+stage 2 is one that random weights can earn. Only 12 questions are held out, which saves time. The run writes its phases with their times to OUT/phases. DIE="phase step seconds" in the environment
+kills it with SIGKILL: in that phase of that step, after that many seconds, or at the end of the phase at the latest."""
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from functools import partial, partialmethod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +23,7 @@ import sft  # noqa: E402
 STAGE, OUT = sys.argv[1], Path(sys.argv[2])
 DIE = os.environ.get("DIE", "none 0 0").split()
 PHASES = os.open(OUT / "phases", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-now = {"step": -1}
+now = {"step": -1, "phase": None}
 
 
 def die() -> None:
@@ -30,10 +31,13 @@ def die() -> None:
 
 
 def watch(owner: object, name: str, phase: str) -> None:
-    """Note each begin and end of a function, and die inside it if that was ordered."""
+    """Note begin and end of each call of a function, and die in it if DIE says so. Calls inside a phase don't count."""
     real = getattr(owner, name)
 
     def watched(*args, **more):
+        if now["phase"]:
+            return real(*args, **more)
+        now["phase"] = phase
         here = DIE[:2] == [phase, str(now["step"])]
         os.write(PHASES, f"{phase} {now['step']} {time.time()} ".encode())
         if here:
@@ -42,37 +46,47 @@ def watch(owner: object, name: str, phase: str) -> None:
         if here:
             die()
         os.write(PHASES, f"{time.time()}\n".encode())
+        now["phase"] = None
         return result
     setattr(owner, name, watched)
 
 
-def follow(real, self, *args):
-    """The run's steps, with an eye on which one it is."""
-    for now["step"] in real(self, *args):
+def follow(run, real, *args, **more):
+    """Run.steps, and keep the number of the current step."""
+    for now["step"] in real(run, *args, **more):
         yield now["step"]
 
 
 def always_call(text: str) -> agents.Turn:
-    """Any turn as a call of the fallback tool, out of few different ones."""
+    """Parse any turn as one of a few different calls of the fallback tool."""
     return agents.Turn("", [agents.Call("lookup", {"subject": text[:1], "property": "abc"[len(text) % 3]})])
 
 
 def reward(trace: agents.Trace, golds: list[str], config: grpo.GRPOConfig) -> dict:
-    """How large the sampled ids are."""
-    said = [i for i, m in zip(trace.ids, trace.mask) if m]
+    """The mean of the sampled ids, in thousands."""
+    said = [i for i, m in zip(trace.ids, trace.mask, strict=True) if m]
     value = sum(said) / len(said) / 1000
     return {"reward": value, "em": 0.0, "answer": 0.0, "consistency": value, **dict.fromkeys(grpo.PARTS), "grammar": 1.0}
 
 
+def few_held_out(real, config: grpo.GRPOConfig) -> tuple[list, list]:
+    """The questions of each step, and 12 held-out questions."""
+    plan, held_out = real(config)
+    return plan, held_out[:12]
+
+
 def main() -> None:
-    run_file.Run.steps = (lambda real: lambda *args: follow(real, *args))(run_file.Run.steps)
+    run_file.Run.steps = partialmethod(follow, run_file.Run.steps)
     watch(run_file.Run, "_save_checkpoint", "saving")
     if STAGE == "sft":
         sft.teach = lambda *_: json.loads((OUT / "lesson.json").read_text(encoding="utf-8"))
+        sft.VOCABULARY = 500
         watch(sft, "train_step", "update")
     else:
         agents.parse_turn, grpo.reward = always_call, reward
-        watch(grpo, "roll_out", "rollout")
+        grpo.choose_questions = partial(few_held_out, grpo.choose_questions)
+        watch(grpo, "run_episodes", "rollout")
+        watch(grpo, "score_heldout", "evaluation")
         watch(grpo, "update", "update")
     sys.argv = [f"{STAGE}.py", "--out", str(OUT), *sys.argv[3:]]
     run_file.run_main({"sft": sft, "grpo": grpo}[STAGE].main)
