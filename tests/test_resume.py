@@ -364,8 +364,10 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_who
     assert checkpoints(folder) == [3, 4] and go(6, resume=True) == [4, 5]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried\nto"), torch.OutOfMemoryError("out of memory"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+@pytest.mark.parametrize("error", [
+    MemoryError(), MemoryError("Unable to allocate 8 GiB"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n8 GiB"),
+    RuntimeError("MPS backend out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8")], ids=repr)
 def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, capsys):
     def main():
         raise error
@@ -375,7 +377,7 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
     assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, --group, " in said
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), KeyError("a bug")], ids=repr)
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("a bug"), KeyError("a bug")], ids=repr)
 def test_a_bug_keeps_its_traceback(error, handlers):
     def main():
         raise error
