@@ -83,10 +83,12 @@ def run_main(main: Callable[[], None]) -> None:
     except (InputError, OSError, SafetensorError) as error:
         code, line = 2, str(error)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        reason = f"out of memory: {error}".splitlines()[0]
+        known = ("out of memory", "allocate memory")  # the words of CUDA and of the CPU allocator
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
-        code, line = 2, ("out of memory; lower --rows, --group, --trace-tokens, --micro-tokens or "
-                         f"--agent-tokens ({str(error).splitlines()[0]})")
+        code, line = 2, (f"{reason}; lower --rows, --group, --trace-tokens, --micro-tokens or "
+                         "--agent-tokens")
     except KeyboardInterrupt:
         code, line = 130, "stopped; --resume continues a training run from its last checkpoint"
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)

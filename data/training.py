@@ -24,6 +24,8 @@ def read_traces(path: str, check: Callable[[dict], object]) -> tuple[dict, dict]
         try:
             for record in json.loads(line)["conversations"]:  # none if the trace was not kept
                 check(record)
+                if not isinstance(record.get("question", ""), str):
+                    raise TypeError("the question is not a text")
                 records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: line {number} was not written by mtr.py traces "
@@ -53,7 +55,7 @@ def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
     try:
         first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
         done = {(line["id"], line["sample"]): line["why"] for line in lines}
-        found = first["settings"]
+        found = dict(first["settings"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: was not written by this command; choose another --out") from None
     for name, value in settings.items():

@@ -225,8 +225,8 @@ def bases(folder):
             (["(17 + 4) * 2", "1e3 / 7 - -2", "7 // 2 % 3", "2.5*(3-1)+((4))"], an_expression, 12),
             ([(folder / "config.json").read_text()], lambda t, k: a_model_folder(t, k, folder), 2),
             ([json.dumps([mine]), json.dumps([{"type": "function", "function": a_tool()}])],
-             a_file("tools.json", agents.load_tools, folder), 12),
-            ([json.dumps(trace)], a_file("traces.jsonl", sft.read_traces, folder), 3),
+             a_file("tools.json", evaluate.load_tools, folder), 12),
+            ([json.dumps(trace)], a_file("traces.jsonl", lambda path: sft.read_traces(path, sft.split_conversation), folder), 3),
             (["\n".join(map(json.dumps, done)) + "\n"], a_file("done.jsonl", read_again, folder), 6),
             ([json.dumps(asked), "\n".join(map(json.dumps, asked))], a_file("questions.json", read_questions, folder), 3)]
 
@@ -238,7 +238,7 @@ def named_errors():
     source = "".join((ROOT / file).read_text(encoding="utf-8") for file in ("agents.py", "data/schema.py"))
     found = re.findall(r'(?:Rejected\(|Turn\(error=|Call\(error=|return |else )f?"([^"\n]+)"', source)
     # These come from the sampler or the ToolActor, not from a text.
-    others = {"cut off at the token limit", "ends without <|im_end|>", "the tool gave no valid result"}
+    others = {"cut off at the token limit", "ends with another stop token than <|im_end|>", "the tool gave no valid result"}
     return {re.sub(r"\\\{.*?\\\}", ".*", re.escape(name)) for name in found if name not in others and " " in name}
 
 
@@ -485,10 +485,10 @@ def test_an_update_that_is_not_finite_ends_the_run(what, names, tiny, monkeypatc
               for i, advantage in enumerate([1.0, -1.0, math.inf if what == "advantage" else 0.5, -0.5])]
     config = GRPOConfig(out=str(tmp_path), loss="grpo", epochs=2)
     if what == "log-ratio":
-        def score_frozen(model, traces, name, config):
+        def store_logprobs(model, traces, name, config):
             for trace in traces:
                 trace.old = [0.0, 0.0, math.inf, math.inf]  # at the sampled tokens
-        monkeypatch.setattr(grpo, "score_frozen", score_frozen)
+        monkeypatch.setattr(grpo, "store_logprobs", store_logprobs)
     log = grpo.update(model, None, sft.make_optimizer(model, 0.1, 0.0), traces, config, 0.1)
     assert names <= {name for name, value in log.items() if not math.isfinite(value)}
     assert log["updates"] == 2 and all(p.grad is None for p in model.parameters())

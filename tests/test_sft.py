@@ -184,10 +184,10 @@ def test_read_traces_names_the_line_that_it_cannot_read(bad, tmp_path):
     settings, good = '{"settings": {}, "conversations": []}', json.dumps({"conversations": [AGENT, MAKER, ACTOR]})
     path.write_text("\n".join([settings, good, bad, good]))
     with pytest.raises(InputError) as error:
-        sft.read_traces(str(path))
+        sft.read_traces(str(path), sft.split_conversation)
     assert str(error.value).startswith(f"{path}: line 3 was not written by mtr.py traces (") and "\n" not in str(error.value)
     path.write_text("\n".join([settings, good, good]))
-    records, valid = sft.read_traces(str(path))  # equal conversations count once
+    records, valid = sft.read_traces(str(path), sft.split_conversation)  # equal conversations count once
     assert records == {"agent": [AGENT], "maker": [MAKER], "actor": [ACTOR]} and valid == {"agent": [], "maker": []}
 
 
@@ -463,7 +463,7 @@ def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
 
 CONFIGS = {  # the files that read the config, and its name there
     SFTConfig: {"sft.py": "config", "mtr.py": "first"},
-    GRPOConfig: {"grpo.py": "(?:config|c)", "mtr.py": "second"},
+    GRPOConfig: {"grpo.py": "(?:config|c)", "data/training.py": "config", "mtr.py": "second"},
     AgentConfig: {"evaluate.py": "config"},
     EvalConfig: {"evaluate.py": "config"},
     TracesConfig: {"evaluate.py": "config", "mtr.py": "config"},
