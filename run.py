@@ -83,11 +83,10 @@ def run_main(main: Callable[[], None]) -> None:
     except (InputError, OSError, SafetensorError) as error:
         code, line = 2, str(error)
     except (RuntimeError, MemoryError) as error:
-        reason = f"out of memory: {error}".splitlines()[0]
-        known = ("out of memory", "allocate memory")  # the words of CUDA and of the CPU allocator
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+        full = ("out of memory", "allocate memory", "not enough memory")  # torch's words for it
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in full):
             raise
-        code, line = 2, (f"{reason}; lower --rows, --group, --trace-tokens, --micro-tokens or "
+        code, line = 2, ("out of memory; lower --rows, --group, --trace-tokens, --micro-tokens or "
                          "--agent-tokens")
     except KeyboardInterrupt:
         code, line = 130, "stopped; --resume continues a training run from its last checkpoint"

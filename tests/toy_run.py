@@ -69,9 +69,9 @@ def reward(trace: agents.Trace, golds: list[str], config: grpo.GRPOConfig) -> di
     return {"reward": value, "em": 0.0, "answer": 0.0, "consistency": value, **dict.fromkeys(grpo.PARTS), "grammar": 1.0}
 
 
-def few_held_out(real, config: grpo.GRPOConfig) -> tuple[list, list]:
+def few_held_out(real, config: grpo.GRPOConfig, world: object) -> tuple[list, list]:
     """The questions of each step, and 12 held-out questions."""
-    plan, held_out = real(config)
+    plan, held_out = real(config, world)
     return plan, held_out[:12]
 
 
