@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import evaluate
 import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
-from data import InputError
+from data import InputError, fingerprint
 from data.world import (
     HELD_OUT,
     imagined_questions,
@@ -32,7 +33,7 @@ from data.world import (
 )
 from evaluate import AgentConfig, EvalConfig, TracesConfig
 from grpo import GRPOConfig
-from model import token_logprobs
+from model import load, token_logprobs
 from mtr import AskConfig, RunConfig, ShowConfig
 from run import Run, option
 from sft import SFTConfig, to_trace
@@ -207,6 +208,59 @@ def test_as_many_worlds_are_imagined_as_asked(continued, tmp_path, monkeypatch):
         with pytest.raises(Made) as made:
             sft.train_sft(SFTConfig(out=str(tmp_path), worlds=worlds), continued)
         assert made.value.args[0] == [pytest.approx(300 * worlds, rel=0.02), 300 * worlds]
+
+
+@pytest.fixture
+def stage(monkeypatch, folder, tmp_path):
+    """A function that runs stage 1, or its control, without training -> model, data, config and Run that fit gets."""
+    fitted = []
+    monkeypatch.setattr(sft, "fit", lambda model, tokenizer, data, valid, config, run: fitted.append((model, data, config, run)))
+    monkeypatch.setattr(sft, "teach", lambda seed, worlds: ({role: [CONVERSATIONS[role][0]] * 3 for role in sft.ROLES},
+                                                            {"agent": [AGENT], "maker": [MAKER]}))
+
+    def train(continued=False, **options):
+        fitted.clear()
+        config = SFTConfig(out=str(tmp_path / "run"), shape="toy", seed=5, lr=0.5, steps=7, continued_steps=3, **options)
+        sft.train_sft(config, continued)
+        return fitted[0] if fitted else None
+    return train
+
+
+def test_stage_1_starts_from_random_weights_or_from_a_checkpoint(stage, folder, tmp_path, tokenizer):
+    """A checkpoint is trained on whole conversations, because it can copy. config.json names its weights."""
+    model, data, config, run = stage()
+    assert (config.seed, config.lr, config.steps, config.piece) == (5, 0.5, 7, 24)
+    assert {role: len(traces) for role, traces in data.items()} == dict.fromkeys(sft.ROLES, 3)
+    assert run.folder == tmp_path / "run" / "sft" and model.config.hidden_size == 64
+    assert json.loads((run.folder / "config.json").read_text())["sources"] == fingerprint()
+    assert (run.folder / "model" / "config.json").exists() and stage(resume=True) is None  # it is finished
+    shutil.rmtree(run.folder)
+    model, data, config, run = stage(model=str(folder))
+    assert (config.seed, config.lr, config.steps, config.piece) == (5, 0.5, 7, 1_000_000)
+    assert model.config.vocab_size == tokenizer.size + 4 and data["agent"][0].ids == to_trace(AGENT, tokenizer).ids
+    assert json.loads((run.folder / "config.json").read_text())["sources"] == fingerprint(folder)
+
+
+def test_stage_1_reads_conversations_from_a_file(stage, folder, tmp_path):
+    """config.json holds a fingerprint of the checkpoint's weights and of this file."""
+    path = tmp_path / "traces.jsonl"
+    path.write_text(json.dumps({"conversations": [AGENT, ACTOR]}))
+    _, data, _, run = stage(model=str(folder), traces=str(path))
+    assert {role: len(traces) for role, traces in data.items()} == {"agent": 1, "maker": 0, "actor": 1}
+    assert json.loads((run.folder / "config.json").read_text())["sources"] == fingerprint(folder, path)
+
+
+def test_the_control_continues_with_other_batches_at_half_the_rate(stage, folder, tmp_path):
+    """It starts from the model of stage 1 and writes its own folder."""
+    shutil.copytree(folder, tmp_path / "run" / "sft" / "model")
+    model, _, config, run = stage(continued=True)
+    assert (config.seed, config.lr, config.steps, config.piece) == (1005, 0.25, 3, 1_000_000)
+    assert run.folder == tmp_path / "run" / "sft_continued" and (run.folder / "model" / "config.json").exists()
+    begun = json.loads((run.folder / "config.json").read_text())
+    assert (begun["seed"], begun["lr"], begun["steps"]) == (5, 0.25, 3)
+    assert begun["sources"] == fingerprint(tmp_path / "run" / "sft" / "model")
+    weights = dict(load(folder)[0].named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------- pieces, batches
