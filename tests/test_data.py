@@ -14,7 +14,7 @@ import pytest
 import agents
 import sft
 from data.score import exact_match, f1, normalize
-from data.tools import Real
+from data.tools import real
 from data.world import (
     HELD_OUT,
     INFERENCE,
@@ -45,9 +45,11 @@ SEEDS = range(4)
 
 def test_all_examples_in_docstrings_run():
     results = {name: doctest.testmod(importlib.import_module(name)) for name in MODULES}
-    assert {"agents", "model", "sft", "grpo", "mtr", "data.score", "data.world", "data.tools"} <= set(results)
+    assert {"agents", "model", "sft", "grpo", "mtr", "data.score", "data.world", "data.tools",
+            "data.schema", "run", "evaluate", "report"} <= set(results)
     assert not any(result.failed for result in results.values()), results
-    assert results["agents"].attempted and results["data.score"].attempted and results["data.tools"].attempted
+    for name in ("data.schema", "data.score", "data.tools", "data.world"):
+        assert results[name].attempted, name
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -243,7 +245,7 @@ def test_held_out_questions_differ(made):
 
 def triples(question):
     relations = [relation for relation, _ in question.steps]
-    return set() if question.kind == "comparison" else set(zip(relations, relations[1:], relations[2:]))
+    return set() if question.kind == "comparison" else set(zip(relations, relations[1:], relations[2:], strict=False))
 
 
 def test_bamboogle_asks_for_paths_that_training_never_takes(made):
@@ -310,16 +312,15 @@ def test_sealed_facts_are_out_of_reach_and_then_open_again():
         with world.sealed():
             pass
         with pytest.raises(PermissionError):  # the inner seal doesn't open the outer one
-            world.facts
+            list(world.facts)
     assert world.facts == facts
 
 
 def test_the_seal_opens_after_an_exception():
     world = make_world(0)
     for error in (KeyError, KeyboardInterrupt):
-        with pytest.raises(error):
-            with world.sealed(), world.sealed():
-                raise error
+        with pytest.raises(error), world.sealed(), world.sealed():
+            raise error
         assert world.facts
 
 
@@ -330,7 +331,7 @@ def test_a_rollout_with_real_tools_inside_the_seal_raises():
     tools = agents.check_tools([tool_for("birthplace")])
     trace = agents.Trace(tools=tools, turns=[agents.Turn(calls=[call])])
     with world.sealed(), pytest.raises(PermissionError):
-        agents.run_calls([trace], Real(world.real))
+        agents.run_calls([trace], real(world.real))
 
 
 # --------------------------------------------------------------------------------------------- teacher
@@ -352,11 +353,11 @@ def turns_of(record):
 
 
 def test_the_teachers_grammar_is_perfect(taught):
-    for question, record in taught[1][::8]:
+    for _, record in taught[1][::8]:
         turns = turns_of(record)
         assert not any(turn.error for turn in turns)
         assert [turn.answer is not None for turn in turns] == [False] * (len(turns) - 1) + [True]
-        for turn, said in zip(turns, record["turns"]):
+        for turn, said in zip(turns, record["turns"], strict=True):
             assert turn.thought == said["thought"]
             assert [{"name": c.name, "arguments": c.arguments} for c in turn.calls] == said.get("calls", [])
         assert turns[-1].answer == record["turns"][-1]["answer"] != ""
@@ -378,14 +379,14 @@ def test_the_teachers_observations_are_what_the_tools_say(taught):
         tools = {t["name"]: agents.Tool(**t) for t in record["tools"]}
         for turn in record["turns"][:-1]:
             assert len(turn["calls"]) == len(turn["observations"])
-            for call, observation in zip(turn["calls"], turn["observations"]):
+            for call, observation in zip(turn["calls"], turn["observations"], strict=True):
                 if call["name"] in agents.UTILITIES:
                     assert observation == agents.UTILITIES[call["name"]].run(**call["arguments"])
                     assert observation == {"result": question.golds[0]}
                 else:
                     subject, = call["arguments"].values()
                     assert observation == {call["name"]: world.facts[call["name"], subject]}
-                    assert tools[call["name"]].result_fits.is_valid(observation)
+                    assert tools[call["name"]].result_validator.is_valid(observation)
                 seen[call["name"]] += 1
     assert seen["compare"] > 50 and seen["birthplace"] > 50
 
@@ -454,8 +455,8 @@ def test_what_the_maker_is_taught(taught):
     records = [(q, teach_maker(q, rng)) for q, _ in taught[1]]
     for question, record in records[::10]:
         (said, heard), = sft.split_conversation(record)[1]
-        kind, tools = agents.parse_tools("".join(said))
-        assert heard == [] and kind == question.kind
+        thought, kind, tools = agents.parse_tools("".join(said))
+        assert heard == [] and kind == question.kind and thought == record["thought"]
         assert [json.loads(tool.definition) for tool in tools] == tools_for(question)
         assert question.golds[0] not in record["thought"].split() or question.golds[0] in question.text
     rejected = [r["rejected"] for _, r in records if r["rejected"]]
@@ -477,18 +478,18 @@ def test_nonsense_asks_for_anything_but_what_is_held_out():
     chains = {q.chain for q in held_out}
     assert not any(chains & parts(q.chain) for q in questions)
     assert len(questions) == 20_000 and {len(p) for p in paths} == {2, 3, 4} and {r for p in paths for r in p} == set(RELATIONS)
-    for path, (other, question) in zip(paths, pairs):
+    for path, (other, question) in zip(paths, pairs, strict=True):
         named = question.text.split(" is the ")[1].split(" of ")[:-1]
         assert len(set(path)) == len(path) and named == ["the " * (i > 0) + r for i, r in enumerate(reversed(path))]
-        assert other.facts == dict(zip(question.steps, question.chain[1:])) and question.golds == [question.chain[-1]]
+        assert other.facts == dict(zip(question.steps, question.chain[1:], strict=True)) and question.golds == [question.chain[-1]]
         assert [subject for _, subject in question.steps] == list(question.chain[:-1]) and len(set(question.chain)) == len(path) + 1
         kinds = [RELATIONS[path[0]][0], *(RELATIONS[relation][1] for relation in path)]
-        assert all(name in "123456789" if kind == "number" else name in world.names[kind] for kind, name in zip(kinds, question.chain))
+        assert all(name in "123456789" if kind == "number" else name in world.names[kind] for kind, name in zip(kinds, question.chain, strict=True))
 
 
 def is_odd(record):
     """A relation's value is no subject of the next one."""
-    return any(RELATIONS[a["name"]][1] != RELATIONS[b["name"]][0] for a, b in zip(record["tools"], record["tools"][1:]))
+    return any(RELATIONS[a["name"]][1] != RELATIONS[b["name"]][0] for a, b in zip(record["tools"], record["tools"][1:], strict=False))
 
 
 def test_what_share_of_the_lessons_is_nonsense():
@@ -543,7 +544,7 @@ def test_what_the_actor_is_taught():
                           if (name, subject) in world.facts else unknown(name))
         tool, = agents.check_tools([tool_for(name)])
         assert agents.parse_observation(tool, agents.result_text(result)) == result
-        assert tool.arguments_fit.is_valid(arguments)
+        assert tool.argument_validator.is_valid(arguments)
     assert 0.11 < 1 - len(known) / len(exchanges) < 0.17
     assert {name for name, _, result in exchanges if "error" in result} == set(RELATIONS)
 
@@ -552,11 +553,12 @@ def test_what_the_actor_is_taught():
 def test_every_relations_tool_passes_the_rules(relation):
     tool, = agents.check_tools([tool_for(relation)])
     right, wrong = "7", 7
-    assert tool.result_fits.is_valid({relation: right}) and not tool.result_fits.is_valid({relation: wrong})
+    fits = tool.result_validator.is_valid
+    assert fits({relation: right}) and not fits({relation: wrong})
     assert relation not in agents.UTILITIES
 
 
 def test_words_for_inference_are_what_they_say():
     for path in INFERENCE.values():
-        assert all(RELATIONS[a][1] == RELATIONS[b][0] for a, b in zip(path, path[1:]))
+        assert all(RELATIONS[a][1] == RELATIONS[b][0] for a, b in zip(path, path[1:], strict=False))
     assert not set(INFERENCE) & set(RELATIONS)

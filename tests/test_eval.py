@@ -1,8 +1,11 @@
-"""Evaluation on question files and stage 0, by a scripted model whose every row and reason can be told beforehand; then the
-whole chain traces, sft, grpo, eval on a tiny random one."""
+"""Evaluation on question files and stage 0, by a scripted model: each row and reason is known.
+
+Then the whole chain (traces, sft, grpo, eval) on a tiny random model.
+"""
 import json
 import shutil
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,29 +18,37 @@ import mtr
 import run as run_file
 import sft
 from agents import Tool, Toolbox, ToolMaker
-from data import InputError
+from data import InputError, fingerprint
 from data.read import Item, read_questions
-from evaluate import EvalConfig, TracesConfig, evaluate_files
+from data.world import HELD_OUT, make_questions, make_world, tool_for
+from evaluate import EvalConfig, TracesConfig, evaluate_files, make_traces, read_done
 from model import load
-from run import fingerprint
 
 TEXT = {"type": "string"}
-BIRTHPLACE = Tool("birthplace", "Where a person was born.", object_of(person=TEXT), object_of(birthplace=TEXT))
-TOLD = "</tool_response>"
-QUESTIONS = [  # question, gold, what the agent says in its first and its second turn, why stage 0 doesn't keep it
-    ("Where was Bo born?", "Velka", act(("birthplace", {"person": "Bo"})), say(" velka."), ""),
-    ("Where was Ada born?", "Doka", act(("birthplace", {"person": "Ada"})), say("in Velka"), "wrong answer"),
-    ("Is Cy born?", "yes", "hello", "", "malformed: no thought"),
-    ("Where was Di born?", "Suna", act(("birthplace", {"person": "Di"}), thought="It is Suna, I think."), say("Suna"),
-     "answer in the first thought"),
-    ("Is Ed or Flo older?", "Ed", act(("birthplace", {"who": "Ed"}), thought="Ed?"), say("Ed"), "refused call: "),
-    ("Where was Gil born?", "Velka", act(("birthplace", {"person": "Gil"})), act(("birthplace", {"person": "Gil"})), "truncated: too many"),
-]
+BIRTHPLACE = Tool("birthplace", "Where a person was born.", object_of(person=TEXT),
+                  object_of(birthplace=TEXT))
 BIRTHPLACE.parameters["additionalProperties"] = False
+OBSERVED = "</tool_response>"
+GIL = act(("birthplace", {"person": "Gil"}))
+# Question, gold answer, the agent's first turn, its second turn, why stage 0 does not keep it.
+QUESTIONS = [
+    ("Where was Bo born?", "Velka", act(("birthplace", {"person": "Bo"})), say(" velka."), ""),
+    ("Where was Ada born?", "Doka", act(("birthplace", {"person": "Ada"})), say("in Velka"),
+     "wrong answer"),
+    ("Is Cy born?", "yes", "hello", "", "malformed: no thought"),
+    ("Where was Di born?", "Suna",
+     act(("birthplace", {"person": "Di"}), thought="It is Suna, I think."), say("Suna"),
+     "answer in the first thought"),
+    ("Is Ed or Flo older?", "Ed", act(("birthplace", {"who": "Ed"}), thought="Ed?"), say("Ed"),
+     "refused call: "),
+    ("Where was Gil born?", "Velka", GIL, GIL, "truncated: too many"),
+]
 
 
 def replies(context):
-    """Each role by its system prompt; the agent by the question and by whether it has been told something."""
+    """The reply of each role. The system prompt gives the role. AutoAgent's reply depends on the
+    question and on whether the context holds an observation.
+    """
     question = next((q for q in QUESTIONS if q[0] in context), None)
     if context.startswith("<|im_start|>system\n" + agents.ACTOR_SYSTEM):
         assert question is None, "the ToolActor was told the question"
@@ -46,90 +57,281 @@ def replies(context):
         return maker_text(BIRTHPLACE.definition)
     if context.endswith(agents.CLOSED_BOOK):
         return f" {question[1] if question[1] in ('yes', 'Ed') else 'x'}</answer>"
-    return question[3] if TOLD in context else question[2]
+    return question[3] if OBSERVED in context else question[2]
 
 
 @pytest.fixture
 def stand_in(monkeypatch, folder, tokenizer):
-    """A checkpoint folder that is loaded and then not asked: the script speaks. Gives the list of its samplers."""
+    """A checkpoint folder whose model is loaded but never asked: a script generates in its place.
+
+    The value is the list of the samplers that were made, first the simulator's, then the agent's.
+    """
     made = []
 
     def sampler(model, _, rows, slots):
         made.append(scripted(tokenizer, replies, rows))
         return made[-1]
     monkeypatch.setattr(grpo, "Sampler", sampler)
-    roomy(folder)
+    set_positions(folder)
     return made
 
 
-def roomy(folder):
-    """As many positions as a long prompt in few tokens needs."""
+def set_positions(folder, most=8000):
+    """The tests' tokenizer needs many tokens per prompt, so the model gets many positions."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8000}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": most}))
 
 
 @pytest.fixture
 def data(tmp_path):
+    """QUESTIONS as a MuSiQue file. Its paragraphs hold the word canary."""
+    paragraph = {"title": "T", "paragraph_text": "canary", "is_supporting": True, "idx": 0}
+    lines = [json.dumps({"id": f"q{i}", "question": question, "answer": gold, "answer_aliases": [],
+                         "answerable": True, "paragraphs": [paragraph]}) + "\n"
+             for i, (question, gold, *_) in enumerate(QUESTIONS)]
     path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps({"id": f"q{i}", "question": q, "answer": gold, "answer_aliases": [], "answerable": True, "paragraphs": [
-        {"title": "T", "paragraph_text": "canary", "is_supporting": True, "idx": 0}]}) + "\n" for i, (q, gold, *_) in enumerate(QUESTIONS)))
+    path.write_text("".join(lines))
     return path
 
 
-def config(folder, data, **more):
-    return EvalConfig(**{"out": "" if not folder else str(folder.parent / "out"), "model": str(folder), "data": (str(data),), "max_turns": 3, **more})
+@pytest.fixture
+def out(folder):
+    """The run folder of `config`."""
+    return folder.parent / "out"
 
 
-def test_a_row_by_hand(stand_in, folder, data):
-    """Right: Bo, Di and Ed (velka. is Velka). "in Velka" has no word of Doka. Calls: Bo, Ada, Di one valid each, Ed an
-    invalid one, Gil three. An unfinished trace is scored as an empty answer."""
+def config(folder, data, /, **more):
+    """The config of an evaluation of a checkpoint."""
+    return EvalConfig(**{"out": str(folder.parent / "out"), "model": str(folder),
+                         "data": (str(data),), "max_turns": 3, **more})
+
+
+def teacher(folder, data, /, **more):
+    """The config of stage 0, with one trace per question."""
+    return TracesConfig(**{"out": str(folder.parent / "traces.jsonl"), "model": str(folder),
+                           "data": (str(data),), "max_turns": 3, "samples": 1, **more})
+
+
+def finished_run(folder, out, **more):
+    """A run folder with the models and configs of both stages."""
+    for stage in ("sft", "grpo"):
+        shutil.copytree(folder, out / stage / "model")
+    (out / "sft" / "config.json").write_text(json.dumps({"seed": 0}))
+    trained = grpo.GRPOConfig(**{"max_turns": 2, "turn_tokens": 200, "trace_tokens": 4000, **more})
+    (out / "grpo" / "config.json").write_text(json.dumps(asdict(trained)))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_row_by_hand(stand_in, folder, data, out):
+    """Right: Bo, Di and Ed (velka. is Velka). "in Velka" has no word of Doka. Calls: Bo, Ada and Di
+    one valid call each, Ed an invalid one, Gil three. A truncated trace has an empty answer.
+    """
     row, = evaluate_files(config(folder, data))
     assert (row["set"], row["rule"], row["n"], row["bad"]) == ("few", "musique", 6, 0)
     assert row["em"] == row["f1"] == 3 / 6 and 0 <= row["em_low"] < row["em"] < row["em_high"] <= 1
     assert row["grammar"] == 4 / 6 and row["calls"] == 7 / 6 and row["valid_calls"] == 6 / 7
-    assert row["support"] == pytest.approx(1 / 6)  # Velka of Bo was told; "in Velka", Suna and Ed were not
-    assert row["backend"] == f"simulated: {'/'.join(folder.parts[-2:])} {fingerprint(folder)[:8]}" and row["seconds"] > 0
-    left = {path.suffix: path for path in (folder.parent / "out" / "eval").iterdir()}
-    assert json.loads(left[".json"].read_text()) == row and len(left[".jsonl"].read_text().splitlines()) == 6
-    said = [json.loads(line)["predicted_answer"] for line in left[".predictions"].read_text().splitlines()]
-    assert said == ["velka.", "in Velka", "", "Suna", "Ed", ""]
+    # Velka was observed for Bo. "in Velka", Suna and Ed were not observed.
+    assert row["support"] == pytest.approx(1 / 6)
+    assert row["backend"] == "simulated" and row["seconds"] > 0
+    assert (row["model"], row["samples"], row["temperature"]) == (str(folder), 1, 0)
+    names = {path.name for path in (out / "eval").iterdir()}
+    assert names == {"few.json", "few.jsonl", "few.predictions"}
+    assert json.loads((out / "eval" / "few.json").read_text()) == row
+    traces = read_lines(out / "eval" / "few.jsonl")
+    assert [trace["id"] for trace in traces] == [f"q{i}" for i in range(6)]
+    assert [trace["status"] for trace in traces] == ["answered", "answered", "malformed",
+                                                     "answered", "answered", "truncated"]
+    assert traces[0]["story"].endswith("\n  thinks    Done.\n  answers   velka.")
+    answers = [line["predicted_answer"] for line in read_lines(out / "eval" / "few.predictions")]
+    assert answers == ["velka.", "in Velka", "", "Suna", "Ed", ""]
+
+
+def test_samples_are_averaged_and_the_first_is_predicted(stand_in, folder, data, out, monkeypatch):
+    """Two samples per question, of which the first is right. The interval is over questions."""
+    real = agents.parse_turn
+    answered = []
+
+    def every_second_is_wrong(text):
+        turn = real(text)
+        if turn.answer is not None:
+            answered.append(turn.answer)
+            turn.answer = "Velka" if len(answered) % 2 else "x"
+        return turn
+    monkeypatch.setattr(agents, "parse_turn", every_second_is_wrong)
+    data.write_text(data.read_text().split("\n")[0] + "\n")
+    row, = evaluate_files(config(folder, data, temperature=1.0, samples=2))
+    assert (row["n"], row["samples"], row["em"], row["f1"]) == (1, 2, 0.5, 0.5)
+    assert row["em_low"] == row["em_high"] == 0.5  # one question, so no spread
+    traces = read_lines(out / "eval" / "few.jsonl")
+    assert [(t["id"], t["sample"], t["em"]) for t in traces] == [("q0", 0, 1.0), ("q0", 1, 0.0)]
+    predicted, = read_lines(out / "eval" / "few.predictions")
+    assert predicted["predicted_answer"] == "Velka"
+
+
+def test_batches_of_any_size_give_the_same_row(stand_in, folder, data):
+    """A batch ends after two, four or all traces, also between the samples of a question. Each
+    question gets its tools once.
+    """
+    rows = []
+    for size in (2, 4, 64):
+        stand_in.clear()
+        row, = evaluate_files(config(folder, data, rows=size, samples=3, temperature=1.0,
+                                     name=f"eval{size}"))
+        rows.append({name: value for name, value in row.items() if name != "seconds"})
+        maker = [stand_in[0].tokenizer.decode(ids) for ids in stand_in[0].before]
+        assert sum(agents.MAKER_SYSTEM[:40] in text for text in maker) == len(QUESTIONS)
+        assert max(stand_in[1].opened) == min(size, 18) and stand_in[1].capacity == size
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_without_tools_the_answer_comes_at_once(stand_in, folder, data):
     row, = evaluate_files(config(folder, data, tools=False))
-    assert row["em"] == 2 / 6 and row["calls"] == 0 and row["valid_calls"] is None and row["backend"] == "none"
-    heard = [agent.tokenizer.decode(ids) for agent in stand_in for ids in agent.before]
-    assert len(heard) == 6 and not any("<tools>" in text for text in heard)
+    assert row["em"] == 2 / 6 and row["calls"] == 0 and row["valid_calls"] is None
+    assert row["backend"] == "none"
+    prompts = [s.tokenizer.decode(ids) for s in stand_in for ids in s.before]
+    assert len(prompts) == 6 and not any("<tools>" in text for text in prompts)
 
 
-def test_grounding_tells_the_toolactor_alone(stand_in, folder, data):
+def test_only_the_toolactor_reads_the_paragraphs(stand_in, folder, data):
     for grounded in (True, False):
         stand_in.clear()
-        row, = evaluate_files(config(folder, data, grounded=grounded))
-        actor, agent = ([s.tokenizer.decode(ids) for ids in s.before] for s in stand_in)
-        asked = [text for text in actor if agents.ACTOR_SYSTEM in text]
+        row, = evaluate_files(config(folder, data, grounded=grounded, name=f"eval{grounded}"))
+        simulator, agent = ([s.tokenizer.decode(ids) for ids in s.before] for s in stand_in)
+        asked = [text for text in simulator if agents.ACTOR_SYSTEM in text]
         assert len(asked) == 4 and all(("T: canary" in text) == grounded for text in asked)
-        assert not any("canary" in text for text in agent) and row["backend"].endswith(" grounded") == grounded
+        assert not any("canary" in text for text in agent)
 
 
-def test_real_tools_take_the_place_of_simulated_ones(stand_in, folder, data, tmp_path):
+def test_equal_ids_in_two_files_are_two_questions(stand_in, folder, data, tmp_path):
+    """The ToolMaker reads the questions of the second file, too. Each file has its own row."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("Where was", "Tell me: Where was"))
+    few, more = evaluate_files(config(folder, data, data=(str(data), str(other))))
+    assert (few["set"], more["set"]) == ("few", "other") and few["em"] == more["em"] == 3 / 6
+    asked = [stand_in[0].tokenizer.decode(ids) for ids in stand_in[0].before]
+    asked = [text for text in asked if agents.MAKER_SYSTEM[:40] in text]
+    assert len(asked) == 12 and sum("Tell me: " in text for text in asked) == 4
+
+
+def test_a_users_tool_replaces_a_simulated_one(stand_in, folder, data, tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text('def born(person):\n    return {"birthplace": {"Ada": "Doka"}.get(person, "?")}\n'
-                    f'TOOLS = [({json.dumps(BIRTHPLACE.schema)}.copy(), born)]\n'.replace("false", "False"))
-    for backend, head in (("simulated", "simulated: "), ("real", "real: ")):
-        row, = evaluate_files(config(folder, data, real_tools=str(file), backend=backend, out=str(tmp_path / backend)))
-        assert row["backend"].startswith(head) and row["backend"].endswith(f"real: {file} {fingerprint(file)[:8]}")
-        stories = [json.loads(line)["story"] for path in (tmp_path / backend / "eval").glob("*.jsonl") for line in open(path)]
-        assert 'observes  {"birthplace": "Doka"}' in stories[1] and not any('"birthplace": "Velka"' in s for s in stories)
+    schema = json.dumps(BIRTHPLACE.schema).replace("false", "False")
+    file.write_text('def born(person):\n'
+                    '    return {"birthplace": {"Ada": "Doka"}.get(person, "?")}\n'
+                    f'TOOLS = [({schema}, born)]\n')
+    for backend in ("simulated", "real"):
+        stand_in.clear()
+        row, = evaluate_files(config(folder, data, real_tools=str(file), backend=backend,
+                                     out=str(tmp_path / backend)))
+        assert row["backend"] == backend
+        stories = [t["story"] for t in read_lines(tmp_path / backend / "eval" / "few.jsonl")]
+        assert 'observes  {"birthplace": "Doka"}' in stories[1]
+        assert not any('"birthplace": "Velka"' in story for story in stories)
+        # With --backend real no tool is made. In both cases the ToolActor is never asked.
+        assert len(stand_in[0].before) == (6 if backend == "simulated" else 0)
 
 
-# ------------------------------------------------------------------------------------------- going on
+def test_a_users_tool_is_offered_beside_the_others(stand_in, folder, data):
+    """The ToolMaker's tool comes first. A tool with code is not grounded."""
+    players = evaluate.Players(config(folder, data, grounded=True))
+    item = read_questions(data)[0][0]
+    own = Tool("letters", "Counts.", object_of(text=TEXT), object_of(), run=len)
+    players.own = [own]
+    tools = players.tools(item, Toolbox("comparison", [BIRTHPLACE], 1))
+    assert [tool.name for tool in tools] == ["birthplace", "compare", "letters"]
+    assert [tool.source for tool in tools] == ["T: canary", "", ""] and tools[2] is own
+    same_name = replace(own, name="birthplace")
+    players.own = [same_name]
+    tools = players.tools(item, Toolbox("composition", [BIRTHPLACE], 1))
+    assert tools == [same_name]
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(stand_in, folder, data, monkeypatch):
-    """Stopped inside the second of three batches, the last line half written: what was done isn't asked again."""
-    whole, = evaluate_files(config(folder, data, out=str(folder.parent / "whole")))
-    real, batches = grpo.run_episodes, []
+# ----------------------------------------------------------------------------------------- of a run
+
+
+def test_a_run_sets_its_limits(stand_in, folder, data, out):
+    """The limits of stage 2 hold, unless the user gives others."""
+    finished_run(folder, out)
+    for temperature in (0.0, 1.0):
+        row, = evaluate_files(config(folder, data, model="", max_turns=None,
+                                     temperature=temperature, name=f"eval{temperature}"))
+        assert row["em"] == 3 / 6 and row["calls"] == 6 / 6  # Gil is stopped one turn earlier
+        assert row["temperature"] == temperature
+    assert len(list(out.glob("eval*/*.jsonl"))) == 2 and row["model"] == str(out)
+    row, = evaluate_files(config(folder, data, model="", max_turns=3))
+    assert row["calls"] == 7 / 6
+
+
+@pytest.mark.parametrize("backend", ["simulated", "real"])
+def test_the_held_out_sets_of_a_run(backend, monkeypatch, folder, tokenizer, out):
+    """The questions come from the run's world. With --backend real that world answers the calls;
+    with simulated tools any access to its facts raises.
+    """
+    world = make_world(0)
+    q = next(q for q in make_questions(world) if q.set == "hotpot" and q.kind == "composition")
+    (relation, subject), value = q.steps[0], world.facts[q.steps[0]]
+    observed = value if backend == "real" else "Nowhere"
+
+    def script(context):
+        if agents.MAKER_SYSTEM[:40] in context:
+            return maker_text(json.dumps(tool_for(relation)))
+        if agents.ACTOR_SYSTEM in context:
+            with pytest.raises(PermissionError):
+                players[0].world.real(relation, {"x": subject})
+            return json.dumps({relation: "Nowhere"})
+        parameter, = tool_for(relation)["parameters"]["properties"]
+        if json.dumps({relation: observed}) in context:
+            return say(q.golds[0])
+        return act((relation, {parameter: subject}))
+    players = []
+    real_init = evaluate.Players.__init__
+
+    def init(self, *args):
+        players.append(self)
+        real_init(self, *args)
+    monkeypatch.setattr(evaluate.Players, "__init__", init)
+    monkeypatch.setattr(grpo, "Sampler",
+                        lambda model, _, rows, slots: scripted(tokenizer, script, rows))
+    monkeypatch.setattr(evaluate, "make_questions",
+                        lambda w: [q, replace(q, set="train"), replace(q, set="bamboogle")])
+    finished_run(folder, out)
+    rows = evaluate_files(EvalConfig(out=str(out), backend=backend))
+    assert [(row["set"], row["rule"], row["n"], row["em"]) for row in rows] == [
+        ("hotpot", "common", 1, 1.0), ("bamboogle", "common", 1, 1.0)]
+    assert rows[0]["backend"] == backend and rows[0]["model"] == str(out)
+    assert {path.name for path in (out / "heldout").iterdir()} == {"hotpot.jsonl",
+                                                                   "bamboogle.jsonl"}
+    assert not list((out / "eval").glob("*.predictions"))
+    assert set(HELD_OUT) > {row["set"] for row in rows}
+
+
+def test_a_result_is_never_overwritten(stand_in, folder, data, out):
+    """An existing folder is refused before anything is read or asked, whoever wrote it. Another
+    --name evaluates again. A stopped evaluation leaves such a folder, too.
+    """
+    evaluate_files(config(folder, data))
+    before = {path: path.read_bytes() for path in (out / "eval").iterdir()}
+    stand_in.clear()
+    data.write_text(data.read_text().replace("yes", "no"))
+    for other in (dict(), dict(temperature=1.0), dict(data=("none.json",)), dict(model="nowhere")):
+        with pytest.raises(InputError, match="eval: holds a result; .* choose another --name"):
+            evaluate_files(config(folder, data, **other))
+    assert not stand_in
+    assert before == {path: path.read_bytes() for path in (out / "eval").iterdir()}
+    for samples in (2, 3):
+        evaluate_files(config(folder, data, temperature=1.0, samples=samples, name=f"x{samples}"))
+    assert [len(read_lines(path)) for path in sorted(out.glob("*/few.jsonl"))] == [6, 12, 18]
+
+
+def test_a_stopped_evaluation_keeps_its_traces_and_is_refused(stand_in, folder, data, out,
+                                                              monkeypatch):
+    real, batches = evaluate.run_episodes, []
 
     def stop(*args, **more):
         batches.append(len(args[2]))
@@ -139,94 +341,204 @@ def test_a_stopped_evaluation_goes_on_where_it_was(stand_in, folder, data, monke
     monkeypatch.setattr(evaluate, "run_episodes", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate_files(config(folder, data, rows=2))
-    path, = (folder.parent / "out" / "eval").iterdir()
-    assert len(path.read_text().splitlines()) == 2
-    with open(path, "a") as file:
-        file.write('{"by": "few')
-    row, = evaluate_files(config(folder, data, rows=2))
-    assert batches == [2, 2, 2, 2] and {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
-    again, = evaluate_files(config(folder, data, rows=2))
-    assert batches == [2, 2, 2, 2] and again == row
+    assert [path.name for path in (out / "eval").iterdir()] == ["few.jsonl"]
+    assert len(read_lines(out / "eval" / "few.jsonl")) == 2
+    with pytest.raises(InputError, match="choose another --name"):
+        evaluate_files(config(folder, data, rows=2))
+    assert batches == [2, 2]
 
 
-def test_a_run_brings_its_limits_and_keeps_its_settings_apart(stand_in, folder, data):
-    """A run of the size that stage 2 was told; greedy and sampled answers are never taken for each other."""
-    out = folder.parent / "out"
-    for part in ("sft", "grpo"):
-        shutil.copytree(folder, out / part / "model")
-        (out / part / "config.json").write_text(json.dumps({"seed": 0} if part == "sft" else {"max_turns": 2, "turn_tokens": 200}))
-    for temperature in (0.0, 1.0):
-        row, = evaluate_files(config("", data, out=str(out), model="", max_turns=None, temperature=temperature))
-        assert row["em"] == 3 / 6 and row["calls"] == 6 / 6  # Gil is stopped a turn earlier
-    assert len(list((out / "eval").glob("*.jsonl"))) == 2 and row["model"].startswith("grpo/model ")
-    row, = evaluate_files(config("", data, out=str(out), model="", max_turns=3))
-    assert row["calls"] == 7 / 6
+# ----------------------------------------------------------------------------------------- stage 0
 
 
-def test_other_settings_or_other_questions_are_no_continuation(stand_in, folder, data):
-    """Each has a file of its own; stage 0, whose file the user names, refuses to mix."""
-    evaluate_files(config(folder, data))
-    evaluate_files(config(folder, data, temperature=1.0, samples=2))
-    evaluate_files(config(folder, data, temperature=1.0, samples=3))
-    data.write_text(data.read_text().replace("yes", "no"))
-    evaluate_files(config(folder, data))
-    paths = sorted((folder.parent / "out" / "eval").glob("*.jsonl"))
-    assert sorted(len(path.read_text().splitlines()) for path in paths) == [6, 6, 18]
-    path = folder.parent / "traces.jsonl"
-    teach = dict(out=str(path), model=str(folder), data=(str(data),))
-    evaluate.make_traces(TracesConfig(**teach, samples=1))
-    for other in (dict(seed=1), dict(temperature=0.5)):
-        with pytest.raises(InputError, match="other settings"):
-            evaluate.make_traces(TracesConfig(**teach, samples=1, **other))
-    path.write_text("hello\n")
-    with pytest.raises(InputError, match="line 1"):
-        evaluate.make_traces(TracesConfig(**teach))
-    assert path.read_text() == "hello\n"
-
-
-# --------------------------------------------------------------------------------------------- stage 0
-
-
-def test_stage_0_keeps_what_is_right_and_says_why_the_rest_is_not(stand_in, folder, data, tokenizer):
-    path = folder.parent / "traces.jsonl"
-    why = evaluate.make_traces(TracesConfig(out=str(path), model=str(folder), data=(str(data),), samples=2, max_turns=3))
+def test_stage_0_keeps_what_is_right_and_says_why_the_rest_is_not(stand_in, folder, data,
+                                                                  tokenizer):
+    why = make_traces(teacher(folder, data, samples=2))
     assert sum(why.values()) == 12 and all(n == 2 for n in why.values())
     for want, got in zip((q[4] for q in QUESTIONS), why, strict=True):
         assert got.startswith(want) and bool(got) == bool(want)
-    records, valid = sft.read_traces(str(path))
-    assert {role: len(part) for role, part in records.items()} == {"agent": 1, "maker": 1, "actor": 1} and not any(valid.values())
-    for role, said in (("agent", "<answer> velka.</answer>"), ("maker", BIRTHPLACE.definition), ("actor", '{"birthplace": "Velka"}')):
+    records, valid = sft.read_traces(str(folder.parent / "traces.jsonl"))
+    assert {role: len(part) for role, part in records.items()} == {"agent": 1, "maker": 1,
+                                                                   "actor": 1}
+    assert not any(valid.values())
+    for role, generated in (("agent", "<answer> velka.</answer>"), ("maker", BIRTHPLACE.definition),
+                            ("actor", '{"birthplace": "Velka"}')):
         trace = sft.to_trace(records[role][0], tokenizer)
-        assert said in tokenizer.decode([i for i, m in zip(trace.ids, trace.mask) if m])
+        ids = [i for i, m in zip(trace.ids, trace.mask, strict=True) if m]
+        assert generated in tokenizer.decode(ids)
 
 
-def test_a_record_of_a_trace_is_learned_as_it_was_led(stand_in, folder, data, tokenizer):
-    """What sft trains on of a kept trace has the ids and the mask that the rollout had."""
-    cast, item = evaluate.Players(config(folder, data)), read_questions(data)[0][0]
-    cast.boxes = {item.id: cast.stage.maker.make([item.text])[0]}
-    trace = agents.Trace(item.text, cast.tools(item), (0,))
-    agents.run_episodes(cast.stage.agent(cast.model, 1, 0.0), cast.stage.actor, [trace])
-    record = evaluate.to_records(trace, cast.boxes[item.id])[0]
+def test_the_first_line_holds_the_settings(stand_in, folder, data):
+    """sft.py reads over it, and a second run with the same settings adds nothing."""
+    path = folder.parent / "traces.jsonl"
+    why = make_traces(teacher(folder, data))
+    first, *rest = read_lines(path)
+    assert first == {"conversations": [], "settings": {
+        "seed": 0, "temperature": 1.0, "max_turns": 3, "turn_tokens": 1024, "trace_tokens": 4096,
+        "backend": "simulated", "real_tools": "", "grounded": False,
+        "sources": fingerprint(folder, data)}}
+    assert [(line["id"], line["sample"]) for line in rest] == [(f"0 q{i}", 0) for i in range(6)]
+    text = path.read_bytes()
+    assert make_traces(teacher(folder, data)) == why and path.read_bytes() == text
+
+
+def test_a_stopped_stage_0_goes_on_where_it_was(stand_in, folder, data, monkeypatch):
+    """It is stopped in the second of three batches, and its last line is cut off. Finished traces
+    are not made again, and the file is the same as without the stop.
+    """
+    whole = folder.parent / "whole.jsonl"
+    want = make_traces(teacher(folder, data, out=str(whole)))
+    real, batches = evaluate.run_episodes, []
+
+    def stop(*args, **more):
+        batches.append([trace.question for trace in args[2]])
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+    monkeypatch.setattr(evaluate, "run_episodes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_traces(teacher(folder, data, rows=2))
+    path = folder.parent / "traces.jsonl"
+    assert len(path.read_text().splitlines()) == 3
+    with open(path, "a") as file:
+        file.write('{"id": "0 q2')
+    assert make_traces(teacher(folder, data, rows=2)) == want
+    assert path.read_bytes() == whole.read_bytes()
+    asked = [q[0] for q in QUESTIONS]
+    assert batches == [asked[:2], asked[2:4], asked[2:4], asked[4:]]
+    assert make_traces(teacher(folder, data, rows=2)) == want and len(batches) == 4
+
+
+def test_more_samples_continue_the_file(stand_in, folder, data):
+    """The second sample of each question is added. The report counts all traces of the file."""
+    make_traces(teacher(folder, data))
+    why = make_traces(teacher(folder, data, samples=2))
+    lines = read_lines(folder.parent / "traces.jsonl")[1:]
+    assert [line["sample"] for line in lines] == [0] * 6 + [1] * 6 and why.total() == 12
+
+
+def test_equal_ids_of_two_files_are_two_questions(stand_in, folder, data, tmp_path):
+    """The number of the file is a part of the id."""
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(data, copy)
+    assert make_traces(teacher(folder, data, data=(str(data), str(copy)))).total() == 12
+    ids = [line["id"] for line in read_lines(folder.parent / "traces.jsonl")[1:]]
+    assert ids == [f"{number} q{i}" for number in range(2) for i in range(6)]
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("seed", 1, "seed 0, not 1"), ("temperature", 0.5, "temperature 1.0, not 0.5"),
+    ("max_turns", 4, "max_turns 3, not 4"), ("turn_tokens", 99, "turn_tokens 1024, not 99"),
+    ("trace_tokens", 4000, "trace_tokens 4096, not 4000"), ("grounded", True, "grounded False"),
+    ("real_tools", "tools.json", "real_tools '', not 'tools.json'"), ("data", "other", "sources"),
+    ("backend", "real", "backend 'simulated', not 'real'")])
+def test_other_settings_do_not_continue_a_file(name, value, message, stand_in, folder, data,
+                                               monkeypatch, tmp_path):
+    """Otherwise the file would hold traces of two distributions."""
+    monkeypatch.chdir(tmp_path)
+    make_traces(teacher(folder, data))
+    text = (folder.parent / "traces.jsonl").read_bytes()
+    more = {name: value}
+    if name == "real_tools" or name == "backend":
+        Path("tools.json").write_text(json.dumps([BIRTHPLACE.schema]))
+        more["real_tools"] = "tools.json"
+    if name == "backend":  # read_done alone: two settings differ, and real_tools is named first
+        first = json.loads(text.split(b"\n")[0])["settings"]
+        with pytest.raises(InputError, match=message):
+            read_done(folder.parent / "traces.jsonl", first | {name: value})
+        return
+    if name == "data":
+        other = tmp_path / "other.jsonl"
+        other.write_text(data.read_text().replace("yes", "no"))
+        more = {"data": (str(other),)}
+    with pytest.raises(InputError, match=f"traces.jsonl: was begun with {message}.*another --out"):
+        make_traces(teacher(folder, data, **more))
+    assert (folder.parent / "traces.jsonl").read_bytes() == text
+
+
+@pytest.mark.parametrize("content", [
+    b"hello\n", b"", b'{"settings": {}', b'{"conversations": []}\n', b"[]\n", b"3\n", b"\xff\n",
+    b'{"settings": {}}\n{"id": "a"}\n', b'{"settings": {}}\n{"id": [], "sample": 0, "why": ""}\n',
+    b'{"settings": 3}\n', b"[" * 10_000 + b"\n"])
+def test_a_file_of_something_else_is_refused_and_kept(content, tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="was not written by this command; choose another --out"):
+        read_done(path, {"seed": 0})
+    assert path.read_bytes() == content
+
+
+def test_a_cut_off_line_is_removed(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    assert read_done(path, {"seed": 0}) == {}
+    begun = path.read_bytes()
+    assert begun == b'{"settings": {"seed": 0}, "conversations": []}\n'
+    line = b'{"id": "0 a", "sample": 1, "why": "wrong answer"}\n'
+    path.write_bytes(begun + line + line[:20])
+    assert read_done(path, {"seed": 0}) == {("0 a", 1): "wrong answer"}
+    assert path.read_bytes() == begun + line
+    with pytest.raises(InputError, match="was begun with seed 0, not 1"):
+        read_done(path, {"seed": 1})
+
+
+def test_a_record_of_a_trace_has_the_ids_and_mask_of_the_rollout(stand_in, folder, data, tokenizer):
+    """sft.py trains on the record of a kept trace. It has to see what the agent generated."""
+    players, item = evaluate.Players(config(folder, data)), read_questions(data)[0][0]
+    box = players.simulator.maker.make([item.text])[0]
+    trace = agents.Trace(item.text, players.tools(item, box), (0,))
+    agents.run_episodes(players.agent, players.simulator.actor.answer, [trace])
+    record = evaluate.to_records(trace, box)[0]
     again = sft.to_trace(record, tokenizer)
-    assert (again.ids, again.mask) == (trace.ids, trace.mask)
+    assert (again.ids, again.mask) == (trace.ids, trace.mask) and trace.status == "answered"
 
 
-@pytest.mark.parametrize("thought, want", [("I look up Ed.", ""), ("It is Gus.", "answer in the first thought"), ("gustav", "")])
+@pytest.mark.parametrize("thought, want", [
+    ("I look up Ed.", ""), ("It is Gus.", "answer in the first thought"), ("gustav", "")])
 def test_a_first_thought_may_name_what_the_question_named(thought, want):
     item = Item("q", "Is Ed or Flo older?", ["Ed", "Gus"], "few", "common")
-    trace = agents.Trace(item.text, turns=[agents.Turn(thought), agents.Turn("It is Gus.", answer="Ed")], status="answered")
+    turns = [agents.Turn(thought), agents.Turn("It is Gus.", answer="Ed")]
+    trace = agents.Trace(item.text, turns=turns, status="answered")
     assert evaluate.why_not(trace, item) == want
+
+
+def test_a_question_that_is_too_long_is_a_reason():
+    item = Item("q", "Who?", ["Ed"], "few", "common")
+    trace = agents.Trace(item.text, status="truncated")
+    assert evaluate.why_not(trace, item) == "the question is too long"
 
 
 def test_the_fallback_and_failed_simulations_are_not_taught():
     lookup = agents.FALLBACK
-    trace = agents.Trace("Who?", [lookup], turns=[agents.Turn("t", [agents.Call("lookup", {"subject": "a", "property": "b"},
-                                                                                observation=agents.ToolActor.NO_RESULT)])])
-    assert [record["role"] for record in evaluate.to_records(trace, Toolbox("composition", [lookup], 0))] == ["agent"]
+    call = agents.Call("lookup", {"subject": "a", "property": "b"},
+                       observation=agents.ToolActor.NO_RESULT)
+    trace = agents.Trace("Who?", [lookup], turns=[agents.Turn("t", [call])])
+    records = evaluate.to_records(trace, Toolbox("composition", [lookup], 0))
+    assert [record["role"] for record in records] == ["agent"]
 
 
-@pytest.mark.parametrize("content, message", [("", "line 1"), ("{}", "line 1"), ('{"conversations": []}', "nothing to learn"),
-                                              ('{"conversations": [{"role": "agent"}]}', "line 1"), ('{"conversations": [{"role": "x"}]}', "line 1")])
+def test_tools_with_code_are_not_taught_to_the_toolactor():
+    """Neither a utility nor a user's tool. The ToolMaker's record holds its own tools only."""
+    own = Tool("own", "A user's.", object_of(a=TEXT), object_of(), run=len)
+    calls = [agents.Call("own", {"a": "x"}, observation={"result": 1}),
+             agents.Call("count", {"items": []}, observation={"result": 0}),
+             agents.Call("birthplace", {"person": "Bo"}, observation={"birthplace": "Velka"}),
+             agents.Call("unknown", {}, error="unknown tool", observation={"error": "x"})]
+    box = Toolbox("arithmetic", [BIRTHPLACE], 2, "So.", "not JSON")
+    trace = agents.Trace("Who?", [*box.tools, own],
+                         turns=[agents.Turn("t", calls), agents.Turn("u", answer="x")])
+    agent, maker, actor = evaluate.to_records(trace, box)
+    assert [tool["name"] for tool in agent["tools"]] == ["birthplace", "own"]
+    assert "run" not in agent["tools"][1] and agent["kind"] == "arithmetic"
+    assert [tool["name"] for tool in maker["tools"]] == ["birthplace"]
+    assert (maker["thought"], maker["rejected"]) == ("So.", "not JSON")
+    assert actor["tool"]["name"] == "birthplace"
+    assert actor["exchanges"] == [[{"person": "Bo"}, {"birthplace": "Velka"}]]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "line 1"), ("{}", "line 1"), ('{"conversations": []}', "nothing to learn"),
+    ('{"conversations": [{"role": "agent"}]}', "line 1"),
+    ('{"conversations": [{"role": "x"}]}', "line 1")])
 def test_a_file_that_stage_0_did_not_write_is_refused(content, message, tmp_path):
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(InputError, match=message) as error:
@@ -236,55 +548,86 @@ def test_a_file_that_stage_0_did_not_write_is_refused(content, message, tmp_path
 
 def test_every_twentieth_question_is_held_out_of_stage_1(tmp_path):
     def line(i):
-        return json.dumps({"conversations": [{"role": "agent", "question": f"Q{i}?", "kind": "composition", "tools": [],
-                                              "turns": [{"thought": f"t{j}", "answer": "x"}]} for j in range(2)]})
+        return json.dumps({"conversations": [
+            {"role": "agent", "question": f"Q{i}?", "kind": "composition", "tools": [],
+             "turns": [{"thought": f"t{j}", "answer": "x"}]} for j in range(2)]})
     (tmp_path / "t.jsonl").write_text("\n".join(line(i) for i in [*range(45), 3]))
     records, valid = sft.read_traces(str(tmp_path / "t.jsonl"))
-    assert {r["question"] for r in valid["agent"]} == {"Q19?", "Q39?"} and len(valid["agent"]) == 4 and len(records["agent"]) == 86
+    assert {r["question"] for r in valid["agent"]} == {"Q19?", "Q39?"}
+    assert len(valid["agent"]) == 4 and len(records["agent"]) == 86
 
 
-# ------------------------------------------------------------------------------------- chain, command line
+# ------------------------------------------------------------------------------ chain, command line
 
 
 def test_the_chain_runs_on_a_tiny_random_model(folder, tmp_path, monkeypatch):
-    """traces by a script, as random weights give none that could be kept; sft, grpo and eval by the model itself."""
+    """A script writes the traces, because random weights give none to keep. The model itself runs
+    through sft, grpo and eval.
+    """
     monkeypatch.setattr(ToolMaker, "TRIES", 1)
-    roomy(folder)
-    (tmp_path / "t.jsonl").write_text(json.dumps({"conversations": [
-        {"role": "agent", "question": "Who?", "kind": "comparison", "tools": [json.loads(BIRTHPLACE.definition)], "turns": [
-            {"thought": "t", "calls": [{"name": "birthplace", "arguments": {"person": "Bo"}}], "observations": [{"birthplace": "x"}]},
-            {"thought": "t", "answer": "x"}]}]}) + "\n")
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"Who {i}?", "golden_answers": ["x"]}) + "\n" for i in range(20)))
+    set_positions(folder)
+    call = {"name": "birthplace", "arguments": {"person": "Bo"}}
+    turns = [{"thought": "t", "calls": [call], "observations": [{"birthplace": "x"}]},
+             {"thought": "t", "answer": "x"}]
+    record = {"role": "agent", "question": "Who?", "kind": "comparison",
+              "tools": [json.loads(BIRTHPLACE.definition)], "turns": turns}
+    (tmp_path / "t.jsonl").write_text(json.dumps({"conversations": [record]}) + "\n")
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"Who {i}?", "golden_answers": ["x"]})
+                                 + "\n" for i in range(20)))
     out, before = str(tmp_path / "run"), load(folder)[0]
-    sft.train(sft.SFTConfig(out=out, model=str(folder), traces=str(tmp_path / "t.jsonl"), steps=2, eval_every=1))
-    moved = [not a.equal(b) for a, b in zip(before.parameters(), load(Path(out) / "sft" / "model")[0].parameters())]
+    sft.train_sft(sft.SFTConfig(out=out, model=str(folder), traces=str(tmp_path / "t.jsonl"),
+                                steps=2, eval_every=1))
+    after = load(Path(out) / "sft" / "model")[0]
+    moved = [not a.equal(b)
+             for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
-    grpo.train(grpo.GRPOConfig(out=out, data=(str(tmp_path / "q.jsonl"),), steps=1, questions=2, group=2, turn_tokens=8))
-    row, = evaluate_files(EvalConfig(out=out, data=(str(tmp_path / "q.jsonl"),), turn_tokens=4))
-    assert row["n"] == 20 and row["em"] == 0 and row["model"].startswith("grpo/model ") and "sft/model" in row["backend"]
-    with pytest.raises(InputError, match="give another --out"):
-        sft.train(sft.SFTConfig(out=out, model=f"{out}/sft/model"))
+    grpo.train_grpo(grpo.GRPOConfig(out=out, data=(str(questions),), steps=1, questions=2, group=2,
+                                    turn_tokens=8))
+    row, = evaluate_files(EvalConfig(out=out, data=(str(questions),), turn_tokens=4))
+    assert row["n"] == 20 and row["em"] == 0 and row["model"] == out
+    assert row["backend"] == "simulated"
+    with pytest.raises(InputError, match="choose another --out"):
+        sft.train_sft(sft.SFTConfig(out=out, model=f"{out}/sft/model",
+                                    traces=str(tmp_path / "t.jsonl")))
     assert (Path(out) / "sft" / "model" / "config.json").exists()
 
 
 @pytest.mark.parametrize("words, culprit", [
-    (["eval", "--model", "nowhere", "--data", "none.json"], "none.json"), (["eval", "--model", "nowhere", "--data", "{data}"], "nowhere"),
-    (["eval", "--model", "{folder}"], "data"), (["eval", "--grounded"], "data"), (["eval", "--samples", "2"], "samples"),
-    (["eval", "--model", "{folder}", "--data", "{data}", "--backend", "real"], "real-tools"), (["eval", "--out", "nowhere"], "nowhere"),
-    (["eval", "--model", "{folder}", "--data", "{data}", "--real-tools", "none.py"], "none.py"), (["traces", "--data", "{data}"], "--model"),
-    (["traces", "--model", "{folder}"], "--data"), (["eval", "--rows", "0"], "rows")])
-def test_a_mistake_is_one_line_and_exit_code_2(words, culprit, folder, data, monkeypatch, capsys, tmp_path):
+    (["eval", "--model", "nowhere", "--data", "none.json"], "none.json"),
+    (["eval", "--model", "nowhere", "--data", "{data}"], "nowhere"),
+    (["eval", "--model", "{folder}"], "data"), (["eval", "--grounded"], "data"),
+    (["eval", "--samples", "2"], "samples"),
+    (["eval", "--model", "{folder}", "--data", "{data}", "--backend", "real"], "real-tools"),
+    (["eval", "--out", "nowhere"], "nowhere"),
+    (["eval", "--model", "{folder}", "--data", "{data}", "--real-tools", "none.py"], "none.py"),
+    (["traces", "--data", "{data}"], "--model"), (["traces", "--model", "{folder}"], "--data"),
+    (["traces", "--model", "{folder}", "--data", "{data}", "--no-tools"], "tools"),
+    (["eval", "--model", "{folder}", "--data", "{data}", "--trace-tokens", "9000"], "trace_tokens"),
+    (["eval", "--rows", "0"], "rows")])
+def test_a_mistake_is_one_line_and_exit_code_2(words, culprit, folder, data, monkeypatch, capsys,
+                                               tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mtr.py", *(word.format(data=data, folder=folder) for word in words)])
+    words = [word.format(data=data, folder=folder) for word in words]
+    monkeypatch.setattr(sys, "argv", ["mtr.py", *words])
     with pytest.raises(SystemExit) as stop:
         run_file.run_main(mtr.main)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and culprit in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and culprit in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_table_and_the_report_are_printed(stand_in, folder, data, monkeypatch, capsys):
-    for words, want in ((["eval", "--out", str(folder.parent / "out")], "musique"), (
-            ["traces", "--out", str(folder.parent / "t.jsonl"), "--samples", "1"], "kept 1 of 6 traces")):
-        monkeypatch.setattr(sys, "argv", ["mtr.py", words[0], "--model", str(folder), "--data", str(data), "--max-turns", "3", *words[1:]])
+def test_the_table_and_the_report_are_printed(stand_in, folder, data, out, monkeypatch, capsys):
+    shared = ["--model", str(folder), "--data", str(data), "--max-turns", "3"]
+    traces = str(folder.parent / "t.jsonl")
+    for words, texts in (
+            (["eval", "--out", str(out), "--name", "mine"],
+             ["musique", f"agent: {folder}; calls answered by: simulated; 1 traces per question"]),
+            (["traces", "--out", traces, "--samples", "1"],
+             ["kept 1 of 6 traces\n       1  wrong answer\n",
+              f"next: python sft.py --model {folder} --traces {traces} --out RUN"])):
+        monkeypatch.setattr(sys, "argv", ["mtr.py", words[0], *shared, *words[1:]])
         mtr.main()
-        assert want in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in texts), printed
+    assert (out / "mine" / "few.json").exists()

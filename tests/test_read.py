@@ -183,7 +183,7 @@ def slow_scores(prediction, golds, rule):
                 shared += 1
         precision, recall = shared / max(1, len(said)), shared / max(1, len(want))
         return em, 2 * precision * recall / (precision + recall) if shared else 0.0
-    return tuple(max(scores) for scores in zip(*map(pair, golds)))
+    return tuple(max(scores) for scores in zip(*map(pair, golds), strict=True))
 
 
 WORDS = ["the", "The", "a", "An", "A", "yes", "Yes.", "no", "noanswer", "Velka", "velka", "VELKA!", "co-op", "coop", "U.S.", "us",
@@ -271,8 +271,8 @@ if os.environ.get("MTR_OFFICIAL"):
                                *([tmp_path / "id_aliases.json"] if name == "aliased.json" else [])], capture_output=True, text=True,
                               env={"PYTHONPATH": str(tmp_path), "PYTHONUTF8": "1"}, check=True)
         theirs = json.loads(done.stdout.replace("'", '"'))
-        ours = {"em": np.mean([exact_match(s, item.golds) for s, item in zip(said, kept)]),
-                "f1": np.mean([f1(s, item.golds, item.rule) for s, item in zip(said, kept)])}
+        ours = {"em": np.mean([exact_match(s, item.golds) for s, item in zip(said, kept, strict=True)]),
+                "f1": np.mean([f1(s, item.golds, item.rule) for s, item in zip(said, kept, strict=True)])}
         scale, precision = (1, 1e-12) if name == "hotpot.json" else (100, 0.005001)
         assert len(kept) > 250 and 0.1 < ours["em"] < 0.9
         assert all(abs(theirs[m] - scale * ours[m]) <= precision for m in ours)
