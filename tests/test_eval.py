@@ -153,25 +153,27 @@ def test_a_row_by_hand(stand_in, folder, data, out):
 
 
 def test_samples_are_averaged_and_the_first_is_predicted(stand_in, folder, data, out, monkeypatch):
-    """Two samples per question, of which the first is right. The interval is over questions."""
+    """Two questions with three samples each. Two samples of the first question are right. The
+    interval is over the two questions, whose means are 2/3 and 0.
+    """
     real = agents.parse_turn
-    answered = []
+    answers = iter(["Velka", "velka", "x", "y", "x", "x"])
 
-    def every_second_is_wrong(text):
+    def parse_turn(text):
         turn = real(text)
         if turn.answer is not None:
-            answered.append(turn.answer)
-            turn.answer = "Velka" if len(answered) % 2 else "x"
+            turn.answer = next(answers)
         return turn
-    monkeypatch.setattr(agents, "parse_turn", every_second_is_wrong)
-    data.write_text(data.read_text().split("\n")[0] + "\n")
-    row, = evaluate_files(config(folder, data, temperature=1.0, samples=2))
-    assert (row["n"], row["samples"], row["em"], row["f1"]) == (1, 2, 0.5, 0.5)
-    assert row["em_low"] == row["em_high"] == 0.5  # one question, so no spread
+    monkeypatch.setattr(agents, "parse_turn", parse_turn)
+    data.write_text("\n".join(data.read_text().split("\n")[:2]) + "\n")
+    row, = evaluate_files(config(folder, data, temperature=1.0, samples=3))
+    assert (row["n"], row["samples"], row["em_low"], row["em_high"]) == (2, 3, 0, 2 / 3)
+    assert row["em"] == row["f1"] == pytest.approx(1 / 3)
     traces = read_lines(out / "eval" / "few.jsonl")
-    assert [(t["id"], t["sample"], t["em"]) for t in traces] == [("q0", 0, 1.0), ("q0", 1, 0.0)]
-    predicted, = read_lines(out / "eval" / "few.predictions")
-    assert predicted["predicted_answer"] == "Velka"
+    assert [(t["id"], t["sample"], t["em"]) for t in traces] == [
+        ("q0", 0, 1), ("q0", 1, 1), ("q0", 2, 0), ("q1", 0, 0), ("q1", 1, 0), ("q1", 2, 0)]
+    predicted = read_lines(out / "eval" / "few.predictions")
+    assert [line["predicted_answer"] for line in predicted] == ["Velka", "y"]
 
 
 def test_batches_of_any_size_give_the_same_row(stand_in, folder, data):
