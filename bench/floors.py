@@ -1,11 +1,13 @@
-"""Where the seconds go, and the floor of each part by what has to be computed and read.
+"""Where the time goes, and the least time that each part needs for its arithmetic and its memory.
 
-  python bench/floors.py run --toy        the run of mtr.py, each part's seconds; without --toy it takes the whole time
-  python bench/floors.py step --shape 7b --rows 64 256    prompts read and decode steps of the rollout engine alone
+  python bench/floors.py run --toy    time the parts of mtr.py's run; without --toy the whole run
+  python bench/floors.py step --shape 7b --rows 64 256    time prefill and decode steps alone
 
-Floors are measured in the same process: products of 2048 x 2048 matrices give the FLOP/s, a copy the bytes a second
-(read and written). FLOPs count matrix products and attention, padding included, a backward pass twice its forward
-one; bytes are weights once a pass, and the keys and values that a pass over a cache reads."""
+The speed of the machine is measured in the same process. Products of 2048 x 2048 matrices give the
+FLOP/s. A copy gives the bytes per second, read and written. FLOPs are those of matrix products and
+attention, with padding; a backward pass has twice the FLOPs of its forward pass. Bytes are the
+weights once per pass, and the keys and values that a pass over a cache reads.
+"""
 import argparse
 import json
 import sys
@@ -20,19 +22,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from rollout import SHAPES, make_model  # noqa: E402
+from rollout import SHAPES, make_model
 
-import grpo  # noqa: E402
-import mtr  # noqa: E402
-import run as run_file  # noqa: E402
-import sft  # noqa: E402
-from agents import AutoAgent, ToolActor, ToolMaker  # noqa: E402
-from model import Sampler, Tokenizer, Transformer  # noqa: E402
-from run import pick_device  # noqa: E402
+import mtr
+import run as run_file
+import sft
+from agents import AutoAgent, ToolActor, ToolMaker
+from model import Sampler, Tokenizer, Transformer
+from run import pick_device
 
 
 def best_of(work, device: str, times: int = 7) -> float:
-    """Seconds of the quickest of some tries; the first isn't counted."""
+    """Seconds of the fastest of `times` calls, after one call to warm up."""
     taken = []
     for _ in range(times + 1):
         start = time.perf_counter()
@@ -44,7 +45,7 @@ def best_of(work, device: str, times: int = 7) -> float:
 
 
 def machine(device: str, dtypes: list[torch.dtype]) -> tuple[dict[torch.dtype, float], float]:
-    """FLOP/s of each dtype, and bytes a second of a copy."""
+    """FLOP/s of each dtype, and bytes per second of a copy."""
     flops = {}
     for dtype in dtypes:
         a = torch.randn(2048, 2048, device=device).to(dtype)
@@ -52,13 +53,13 @@ def machine(device: str, dtypes: list[torch.dtype]) -> tuple[dict[torch.dtype, f
     x = torch.ones(2 ** 30 if device == "cuda" else 2 ** 27, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     copy = 2 * x.numel() / best_of(lambda: y.copy_(x), device)
-    print(f"{device}, {torch.get_num_threads()} threads: " + ", ".join(f"{f / 1e9:.0f} GFLOP/s {d}" for d, f in flops.items())
-          + f", copy {copy / 1e9:.1f} GB/s")
+    speeds = ", ".join(f"{f / 1e9:.0f} GFLOP/s {dtype}" for dtype, f in flops.items())
+    print(f"{device}, {torch.get_num_threads()} threads: {speeds}, copy {copy / 1e9:.1f} GB/s")
     return flops, copy
 
 
 def cost(model: Transformer, rows: int, width: int, keys: int) -> tuple[int, int]:
-    """FLOPs and bytes of one pass of the blocks: rows x width new tokens, each seeing `keys` of them."""
+    """FLOPs and bytes of one pass of the blocks: rows x width tokens, each attends to `keys`."""
     c = model.config
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
     attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * keys
@@ -67,28 +68,32 @@ def cost(model: Transformer, rows: int, width: int, keys: int) -> tuple[int, int
 
 
 def head_cost(model: Transformer, states: int) -> tuple[int, int]:
-    """FLOPs and bytes of logits for some states."""
+    """FLOPs and bytes of the logits of `states` positions."""
     size = model.known_ids * model.config.hidden_size
     return 2 * states * size, size * model.dtype.itemsize
 
 
-# ---------------------------------------------------------------------------------------- the whole run
+# ----------------------------------------------------------------------------------- the whole run
 
 
 class Clock:
-    """Seconds spent in each labelled function and in none below it, by the path of labels that led there."""
+    """Seconds in each labelled function, without the labelled functions that it calls.
+
+    The key of a row is the path of labels from the outermost function to this one.
+    """
 
     def __init__(self, flops: dict[torch.dtype, float], copy: float):
         self.flops, self.copy = flops, copy
-        self.rows = defaultdict(lambda: [0.0, 0, 0.0, 0.0])  # seconds, calls, floor by FLOPs, floor by bytes
+        # path -> seconds, calls, floor by FLOPs, floor by bytes
+        self.rows = defaultdict(lambda: [0.0, 0, 0.0, 0.0])
         self.path, self.inner, self.backward = [], [], 0.0
 
-    def watch(self, owner, name: str, label: str) -> None:
-        """Put the clock around a function."""
+    def watch(self, owner, name: str, label: str, second: str = "") -> None:
+        """Time each call of a function. A call with a second argument has the label `second`."""
         call = getattr(owner, name)
 
         def timed(*args, **more):
-            self.path.append(label)
+            self.path.append(second if second and len(args) > 1 else label)
             self.inner.append(0.0)
             start = time.perf_counter()
             try:
@@ -106,7 +111,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def count(self, model: Transformer, flops: int, read: int) -> None:
-        """Add a pass's floor to where we are, and its backward pass's to where that will be."""
+        """Add the floor of a pass to the current row. Keep its backward pass's for `backward`."""
         half = torch.is_autocast_enabled(model.device.type)
         seconds = flops / self.flops[torch.bfloat16 if half else model.dtype]
         self.rows[tuple(self.path)][2] += seconds
@@ -114,15 +119,16 @@ class Clock:
         self.backward += 2 * seconds * torch.is_grad_enabled()
 
     def weigh(self) -> None:
-        """Count every pass of a model."""
+        """Count the FLOPs and bytes of every pass of a model."""
         forward, head = Transformer.forward, Transformer.head
 
-        def weighed(model, ids, past=None):
+        def weighed(model, ids, window=None):
             rows, width = ids.shape
-            keys = past.mask.shape[-1] if past else width / 2  # causal: half of them on average
+            # A causal row attends to half of its tokens on average.
+            keys = window.mask.shape[-1] if window else width / 2
             flops, read = cost(model, rows, width, keys)
-            self.count(model, flops, read if past else 0)
-            return forward(model, ids, past)
+            self.count(model, flops, read if window else 0)
+            return forward(model, ids, window)
 
         def weighed_head(model, states):
             self.count(model, *head_cost(model, states.numel() // states.shape[-1]))
@@ -130,68 +136,82 @@ class Clock:
         Transformer.forward, Transformer.head = weighed, weighed_head
 
     def table(self) -> None:
-        """One line a path, the slowest stages first; parts below a hundredth of the whole are summed up."""
+        """Print one line per path, the slowest stage first. Parts below 1 % are added up."""
         total, small = sum(row[0] for row in self.rows.values()), [0.0, 0, 0.0, 0.0]
-        stages = {path[0]: sum(r[0] for p, r in self.rows.items() if p[0] == path[0]) for path in self.rows}
-        print(f"\n{'part':<52}{'seconds':>9}{'share':>8}{'calls':>9}{'FLOPs s':>10}{'bytes s':>10}{'x floor':>9}")
+        stages = defaultdict(float)
+        for path, row in self.rows.items():
+            stages[path[0]] += row[0]
+        print(f"\n{'part':<52}{'seconds':>9}{'share':>8}{'calls':>9}{'FLOPs s':>10}{'bytes s':>10}"
+              f"{'x floor':>9}")
         lines = sorted(self.rows.items(), key=lambda item: (-stages[item[0][0]], -item[1][0]))
         for path, row in [*lines, (("smaller parts",), small)]:
             if row[0] < total / 100 and row is not small:
                 small[:] = [a + b for a, b in zip(small, row, strict=True)]
                 continue
             floor = max(row[2:])
-            print(f"{' / '.join(path):<52}{row[0]:>9.2f}{row[0] / total:>8.1%}{row[1]:>9}{row[2]:>10.2f}{row[3]:>10.2f}"
-                  f"{format(row[0] / floor, '.1f') if floor else '-':>9}")
+            times = format(row[0] / floor, ".1f") if floor else "-"
+            print(f"{' / '.join(path):<52}{row[0]:>9.2f}{row[0] / total:>8.1%}{row[1]:>9}"
+                  f"{row[2]:>10.2f}{row[3]:>10.2f}{times:>9}")
         print(f"{'all':<52}{total:>9.2f}")
 
 
 def profile_run(config: mtr.RunConfig) -> None:
-    """mtr.run with clocks: stage / role / operation."""
+    """Run mtr.run_all and print its table. A path is stage / role / operation."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device()
     clock = Clock(*machine(device, [torch.float32, torch.bfloat16]))
     clock.weigh()
+    clock.watch(mtr, "train_sft", "SFT", second="SFT continued")
     for owner, name, label in (
-            (sft, "train", "SFT"), (grpo, "train", "GRPO"), (sft, "train_on", "SFT continued"), (mtr, "all_rows", "evaluation"),
-            (ToolMaker, "make", "ToolMaker"), (ToolActor, "answer", "ToolActor"), (AutoAgent, "start", "AutoAgent"),
-            (AutoAgent, "act", "AutoAgent"), (AutoAgent, "observe", "AutoAgent"), (Sampler, "open", "open"),
-            (Sampler, "_prefill", "read"), (Sampler, "sample", "decode"), (Tokenizer, "encode", "encode"),
-            (Transformer, "forward", "forward"), (Transformer, "head", "head"), (sft, "teach", "teacher"), (torch.Tensor, "backward", "backward"),
-            (torch.optim.AdamW, "step", "optimizer"), (torch.nn.utils, "clip_grad_norm_", "optimizer")):
+            (mtr, "train_grpo", "GRPO"), (mtr, "all_rows", "evaluation"),
+            (ToolMaker, "make", "ToolMaker"), (ToolActor, "answer", "ToolActor"),
+            (AutoAgent, "start", "AutoAgent"), (AutoAgent, "act", "AutoAgent"),
+            (AutoAgent, "observe", "AutoAgent"), (Sampler, "open", "open"),
+            (Sampler, "_prefill", "read"), (Sampler, "sample", "decode"),
+            (Tokenizer, "encode", "encode"), (Transformer, "forward", "forward"),
+            (Transformer, "head", "head"), (sft, "teach", "teacher"),
+            (torch.Tensor, "backward", "backward"), (torch.optim.AdamW, "step", "optimizer"),
+            (torch.nn.utils, "clip_grad_norm_", "optimizer")):
         clock.watch(owner, name, label)
     mtr.run_all(config)
     clock.table()
 
 
-# ------------------------------------------------------------------------------------------- the engine
+# -------------------------------------------------------------------------------------- the engine
 
 
 def profile_step(shape: str, rows: list[int], prompt: int, tokens: int) -> None:
-    """Prompts read, then decode steps with all rows speaking, in the shape's dtype."""
-    device, dtype = pick_device(), torch.float32 if shape in ("tiny", "miniature") else torch.bfloat16
+    """Time the prefill of all prompts and a decode step of all rows, in the dtype of the shape."""
+    device = pick_device()
+    dtype = torch.float32 if shape in ("tiny", "miniature") else torch.bfloat16
     peaks, copy = machine(device, [dtype])
     model, results = make_model(shape, device, dtype), []
     for B in rows:
         group = 1 if B % 8 else 8
         seconds = time_engine(model, B, group, prompt, tokens)
         step = zip(cost(model, B, 1, prompt + 2 * tokens), head_cost(model, B), strict=True)
-        work = {"read": cost(model, B // group, prompt, prompt / 2), "step": [sum(pair) for pair in step]}
+        work = {"read": cost(model, B // group, prompt, prompt / 2),
+                "step": [sum(pair) for pair in step]}
         for part, (f, read_bytes) in work.items():
             floors = f / peaks[dtype], read_bytes / copy
-            results.append({"shape": shape, "device": device, "rows": B, "part": part, "ms": round(1e3 * seconds[part], 3),
-                            "flops_ms": round(1e3 * floors[0], 3), "bytes_ms": round(1e3 * floors[1], 3),
-                            "share_of_bandwidth": round(floors[1] / seconds[part], 3)})
-            print(f"{shape}, {B} rows, {part}: {1e3 * seconds[part]:.2f} ms; floor {1e3 * floors[0]:.2f} ms by FLOPs, "
-                  f"{1e3 * floors[1]:.2f} by bytes", flush=True)
+            ms, flops_ms, bytes_ms = (1e3 * s for s in (seconds[part], *floors))
+            results.append({"shape": shape, "device": device, "rows": B, "part": part,
+                            "ms": round(ms, 3), "flops_ms": round(flops_ms, 3),
+                            "bytes_ms": round(bytes_ms, 3),
+                            "share_of_bandwidth": round(bytes_ms / ms, 3)})
+            print(f"{shape}, {B} rows, {part}: {ms:.2f} ms; floor {flops_ms:.2f} ms by FLOPs, "
+                  f"{bytes_ms:.2f} by bytes", flush=True)
     print(json.dumps(results))
 
 
-def time_engine(model: Transformer, rows: int, group: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Seconds in which all prompts are read, and seconds of one decode step. The cache is freed at the end."""
+def time_engine(model: Transformer, rows: int, group: int, prompt: int, tokens: int
+                ) -> dict[str, float]:
+    """Seconds of the prefill of all prompts, and of one decode step. The cache is freed."""
     rng = np.random.default_rng(0)
     sampler = Sampler(model, SimpleNamespace(stop_ids=set()), rows, prompt + 3 * tokens + 8)
-    prompts = [rng.integers(0, model.config.vocab_size, prompt).tolist() for _ in range(rows // group)]
+    size = model.config.vocab_size
+    prompts = [rng.integers(0, size, prompt).tolist() for _ in range(rows // group)]
 
     def read():
         sampler.reset()
@@ -200,22 +220,25 @@ def time_engine(model: Transformer, rows: int, group: int, prompt: int, tokens: 
     noise = rng.random((rows, tokens), dtype=np.float32)
     seconds = {"read": best_of(read, model.device.type, 2)}
     conversations = read()
-    decode = best_of(lambda: sampler.sample(conversations, [tokens] * rows, noise), model.device.type, 2)
+    limits = [tokens] * rows
+    decode = best_of(lambda: sampler.sample(conversations, limits, noise), model.device.type, 2)
     seconds["step"] = decode / tokens
     return seconds
 
 
 def main() -> None:
     """python bench/floors.py run | step"""
-    parser = run_file.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = run_file.Parser(description=__doc__,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=run_file.Parser)
     run_file.add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
     step = commands.add_parser("step", help="the rollout engine alone")
     step.add_argument("--shape", choices=SHAPES, default="miniature")
-    step.add_argument("--rows", type=int, nargs="+", default=[64], help="conversations at once (default: 64)")
-    step.add_argument("--prompt", type=int, default=265, help="tokens of a prompt (default: 265)")
-    step.add_argument("--tokens", type=int, default=40, help="new tokens a turn (default: 40)")
-    step.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
+    step.add_argument("--rows", type=int, nargs="+", default=[64],
+                      help="conversations at once (default: 64)")
+    step.add_argument("--prompt", type=int, default=265, help="tokens per prompt (default: 265)")
+    step.add_argument("--tokens", type=int, default=40, help="new tokens per turn (default: 40)")
+    step.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     options = vars(parser.parse_args())
     if options.pop("command") == "run":
         profile_run(mtr.RunConfig(**options))

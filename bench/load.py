@@ -1,11 +1,13 @@
-"""Loading a checkpoint in Qwen2.5-0.5B's shape, beside transformers: seconds and peak anonymous memory.
+"""Load a checkpoint in Qwen2.5-0.5B's shape, beside transformers: seconds and peak memory.
 
     python bench/load.py
 
-A folder with random bfloat16 weights and a byte-level tokenizer of Qwen2.5's size is made, then removed. Each load is a
-process of its own, ours and theirs in turn; it ends when the model and the tokenizer can be used. Anonymous memory is
-what a process can't give back to the page cache: weights that stay mapped from the file don't count. It is polled from
-outside, so that a peak inside the load is seen. Needs tests/requirements-peers.txt."""
+It writes a folder with random bfloat16 weights and a byte-level tokenizer of Qwen2.5's size, and
+removes it at the end. Each load is a process of its own; ours and theirs take turns. A load ends
+when model and tokenizer are ready to use. Memory is anonymous memory, which a process can't give
+back to the page cache; weights that stay mapped from the file don't count. It is polled from
+outside, so a peak inside the load is seen. Needs tests/requirements-peers.txt.
+"""
 import json
 import statistics
 import subprocess
@@ -14,20 +16,19 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import tokenizers
+import torch
 
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-
-from model import CONTROL_TOKENS, ModelConfig, Tokenizer, Transformer, load, save_model  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.tokenizer import CONTROL_TOKENS
+from model import ModelConfig, Tokenizer, Transformer, load, save_model
 
 SHAPE = ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
 ROUNDS, SIDES, DTYPES = 5, ("ours", "transformers"), ("float32", "bfloat16")
 
 
 def make_folder(folder: Path) -> None:
-    """Random weights; a BPE of as many ids as Qwen2.5's, each merge joining an earlier token and a byte."""
+    """Random weights, and a BPE of Qwen2.5's size. Each merge adds a byte to an earlier token."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words, merges = list(letters), []
     for word in words:
@@ -36,12 +37,15 @@ def make_folder(folder: Path) -> None:
         if len(words) > SHAPE.vocab_size - 300:
             break
     words, merges = words[:151643], merges[:151643 - len(letters)]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS])
+    for name in CONTROL_TOKENS:
+        bpe.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
     bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}')
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     model = Transformer(SHAPE).bfloat16()
     for weight in model.parameters():
         weight.data.normal_(std=0.02)
@@ -49,9 +53,10 @@ def make_folder(folder: Path) -> None:
 
 
 def timed_load(side: str, folder: str, dtype: str) -> tuple[float, float]:
-    """Load model and tokenizer -> seconds, and processor seconds of all threads, both without the imports."""
+    """Load model and tokenizer -> seconds, and CPU seconds of all threads, without the imports."""
     if side == "transformers":
-        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+        assert Qwen2ForCausalLM, "from_pretrained would import it after the clock has started"
         load_theirs, read = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
     print("imported", flush=True)
     sys.stdin.readline()
@@ -66,16 +71,18 @@ def timed_load(side: str, folder: str, dtype: str) -> tuple[float, float]:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory that a process holds now; 0 when it has ended."""
+    """Bytes of anonymous memory that a process holds now. 0 after it has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def measure(side: str, folder: str, dtype: str) -> tuple[float, ...]:
-    """One load -> seconds, processor seconds, peak GB of the process, and how much of it came after the imports."""
-    process = subprocess.Popen([sys.executable, __file__, side, folder, dtype], text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout.readline() == "imported\n", f"{side} can't be loaded; see tests/requirements-peers.txt"
+    """One load -> seconds, CPU seconds, peak GB of the process, and peak GB beyond the imports."""
+    process = subprocess.Popen([sys.executable, __file__, side, folder, dtype], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == "imported\n", (
+        f"{side} can't be loaded; see tests/requirements-peers.txt")
     before = peak = anonymous(process.pid)
     process.stdin.write("go\n")
     process.stdin.flush()
@@ -86,18 +93,20 @@ def measure(side: str, folder: str, dtype: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """Medians of some rounds, in which the sides take turns; the first round, not counted, warms the page cache."""
+    """Print the medians of some rounds. The first round warms the page cache and is not counted."""
     result = {"shape": "Qwen2.5-0.5B", "rounds": ROUNDS, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         for dtype in DTYPES:
-            turns = [(side, measure(side, folder, dtype)) for _ in range(ROUNDS + 1) for side in SIDES]
+            turns = [(side, measure(side, folder, dtype)) for side in SIDES * (ROUNDS + 1)]
             for side in SIDES:
                 runs = [values for s, values in turns[len(SIDES):] if s == side]
-                medians = (round(statistics.median(values), 3) for values in zip(*runs, strict=True))
-                row = dict(zip(("seconds", "cpu_seconds", "peak_gb", "load_gb"), medians, strict=True))
+                medians = [round(statistics.median(v), 3) for v in zip(*runs, strict=True)]
+                names = ("seconds", "cpu_seconds", "peak_gb", "load_gb")
+                row = dict(zip(names, medians, strict=True))
                 result[f"{side}_{dtype}"] = row
-                print(f"{dtype:<9} {side:<13}" + "".join(f" {name} {value:<7}" for name, value in row.items()), flush=True)
+                cells = "".join(f" {name} {value:<7}" for name, value in row.items())
+                print(f"{dtype:<9} {side:<13}{cells}", flush=True)
     print(json.dumps(result))
 
 
