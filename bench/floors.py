@@ -28,7 +28,8 @@ import mtr
 import run as run_file
 import sft
 from agents import AutoAgent, ToolActor, ToolMaker
-from model import Sampler, Tokenizer, Transformer
+from data.tokenizer import Tokenizer
+from model import Sampler, Transformer
 from run import pick_device
 
 

@@ -20,8 +20,8 @@ import tokenizers
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.tokenizer import CONTROL_TOKENS
-from model import ModelConfig, Tokenizer, Transformer, load, save_model
+from data.tokenizer import CONTROL_TOKENS, Tokenizer
+from model import ModelConfig, Transformer, load, save_model
 
 SHAPE = ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
 ROUNDS, SIDES, DTYPES = 5, ("ours", "transformers"), ("float32", "bfloat16")

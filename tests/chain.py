@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents import FALLBACK
 from data.read import Item, read_questions
-from model import ModelConfig, Tokenizer, Transformer, save_model
+from data.tokenizer import Tokenizer
+from model import ModelConfig, Transformer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 EACH = 12  # records per file

@@ -13,6 +13,7 @@ import pytest
 
 import agents
 import sft
+from data.schema import first_error
 from data.score import exact_match, f1, normalize
 from data.tools import real
 from data.world import (
@@ -386,7 +387,7 @@ def test_the_teachers_observations_are_what_the_tools_say(taught):
                 else:
                     subject, = call["arguments"].values()
                     assert observation == {call["name"]: world.facts[call["name"], subject]}
-                    assert tools[call["name"]].result_validator.is_valid(observation)
+                    assert first_error(tools[call["name"]].returns, observation) is None
                 seen[call["name"]] += 1
     assert seen["compare"] > 50 and seen["birthplace"] > 50
 
@@ -544,7 +545,7 @@ def test_what_the_actor_is_taught():
                           if (name, subject) in world.facts else unknown(name))
         tool, = agents.check_tools([tool_for(name)])
         assert agents.parse_observation(tool, agents.result_text(result)) == result
-        assert tool.argument_validator.is_valid(arguments)
+        assert first_error(tool.parameters, arguments) is None
     assert 0.11 < 1 - len(known) / len(exchanges) < 0.17
     assert {name for name, _, result in exchanges if "error" in result} == set(RELATIONS)
 
@@ -553,8 +554,8 @@ def test_what_the_actor_is_taught():
 def test_every_relations_tool_passes_the_rules(relation):
     tool, = agents.check_tools([tool_for(relation)])
     right, wrong = "7", 7
-    fits = tool.result_validator.is_valid
-    assert fits({relation: right}) and not fits({relation: wrong})
+    assert first_error(tool.returns, {relation: right}) is None
+    assert first_error(tool.returns, {relation: wrong})
     assert relation not in agents.UTILITIES
 
 

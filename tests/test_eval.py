@@ -20,8 +20,9 @@ import sft
 from agents import Tool, Toolbox, ToolMaker
 from data import InputError, fingerprint
 from data.read import Item, read_questions
+from data.training import read_done, read_traces
 from data.world import HELD_OUT, make_questions, make_world, tool_for
-from evaluate import EvalConfig, TracesConfig, evaluate_files, make_traces, read_done
+from evaluate import EvalConfig, TracesConfig, evaluate_files, make_traces
 from model import load
 
 TEXT = {"type": "string"}
@@ -119,6 +120,11 @@ def finished_run(folder, out, **more):
     (out / "sft" / "config.json").write_text(json.dumps({"seed": 0}))
     trained = grpo.GRPOConfig(**{"max_turns": 2, "turn_tokens": 200, "trace_tokens": 4000, **more})
     (out / "grpo" / "config.json").write_text(json.dumps(asdict(trained)))
+
+
+def read_kept(path):
+    """The conversations for training and for the held-out loss, as sft.py reads them."""
+    return read_traces(str(path), sft.split_conversation)
 
 
 def read_lines(path):
@@ -359,7 +365,7 @@ def test_stage_0_keeps_what_is_right_and_says_why_the_rest_is_not(stand_in, fold
     assert sum(why.values()) == 12 and all(n == 2 for n in why.values())
     for want, got in zip((q[4] for q in QUESTIONS), why, strict=True):
         assert got.startswith(want) and bool(got) == bool(want)
-    records, valid = sft.read_traces(str(folder.parent / "traces.jsonl"))
+    records, valid = read_kept(folder.parent / "traces.jsonl")
     assert {role: len(part) for role, part in records.items()} == {"agent": 1, "maker": 1,
                                                                    "actor": 1}
     assert not any(valid.values())
@@ -544,7 +550,7 @@ def test_tools_with_code_are_not_taught_to_the_toolactor():
 def test_a_file_that_stage_0_did_not_write_is_refused(content, message, tmp_path):
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(InputError, match=message) as error:
-        sft.read_traces(str(tmp_path / "t.jsonl"))
+        read_kept(tmp_path / "t.jsonl")
     assert "\n" not in str(error.value)
 
 
@@ -554,7 +560,7 @@ def test_every_twentieth_question_is_held_out_of_stage_1(tmp_path):
             {"role": "agent", "question": f"Q{i}?", "kind": "composition", "tools": [],
              "turns": [{"thought": f"t{j}", "answer": "x"}]} for j in range(2)]})
     (tmp_path / "t.jsonl").write_text("\n".join(line(i) for i in [*range(45), 3]))
-    records, valid = sft.read_traces(str(tmp_path / "t.jsonl"))
+    records, valid = read_kept(tmp_path / "t.jsonl")
     assert {r["question"] for r in valid["agent"]} == {"Q19?", "Q39?"}
     assert len(valid["agent"]) == 4 and len(records["agent"]) == 86
 

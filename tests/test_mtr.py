@@ -21,9 +21,9 @@ import mtr
 import report
 import run as run_file
 from data import InputError
-from data.tokenizer import CHAT_TEMPLATE
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from data.world import HELD_OUT, make_questions, make_world, tools_for, write_sample
-from model import Tokenizer, load
+from model import load
 from sft import SFT_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,7 @@ def test_ask_eval_and_show_work_on_a_finished_run(run):
 
 def test_the_same_seed_gives_the_same_weights(run, tmp_path):
     flags = []
-    for name, value in mtr.TOY["sft"].items():
+    for name, value in mtr.TOY_OPTIONS["sft"].items():
         flags += [f"--{name.replace('_', '-')}", value]
     done = program("sft.py", "--out", tmp_path, "--threads", 1, *flags)
     assert done.returncode == 0, done.stderr
@@ -194,7 +194,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, culprit):
     (["--seed", "-1"], "seed: expected a number of at least 0, found -1"),
     (["--seed", "9" * 16], "seed: expected a number of at least 0, found 9999999999999999"),
     (["--see", "1"], "--see"), (["ask", "--mod", "x", "Who?"], "--mod"),
-    (["--seed", "1", "show"], "--seed: options stand after show"),
+    (["--seed", "1", "show"], "--seed: put options after show"),
     (["ask"], "question"), (["ask", " "], "question: it is empty"),
     (["ask", "--temperature", "-1", "Who?"], "temperature: expected a number of at least 0"),
     (["eval", "--max-turns", "0"], "max_turns: expected a number above 0, found 0")])
