@@ -20,6 +20,7 @@ import grpo
 import mtr
 import report
 import run as run_file
+import sft
 from data import InputError
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from data.world import HELD_OUT, make_questions, make_world, tools_for, write_sample
@@ -109,20 +110,19 @@ def test_the_same_seed_gives_the_same_weights(run, tmp_path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_resume_repeats_no_finished_stage(run):
+def test_resume_repeats_no_finished_stage(run, capsys):
     """With results.json nothing is repeated. Without it the evaluation runs again, with the same
     results.
     """
     out, results = run[0], json.loads((run[0] / "results.json").read_text())
     files = {path: path.stat().st_mtime_ns for stage in ("sft", "sft_continued", "grpo")
              for path in (out / stage).rglob("*")}
-    words = ("mtr.py", "--toy", "--resume", "--out", out, "--threads", 1)
-    done = program(*words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    mtr.run_all(mtr.RunConfig(out=str(out), toy=True, threads=1, resume=True))
+    printed = capsys.readouterr().out
     assert json.loads((out / "results.json").read_text()) == results
-    assert done.stdout[done.stdout.index("\nrow"):] == run[1][run[1].index("\nrow"):]
+    assert printed[printed.index("\nrow"):] == run[1][run[1].index("\nrow"):]
     (out / "results.json").unlink()
-    done = program(*words)
+    done = program("mtr.py", "--toy", "--resume", "--out", out, "--threads", 1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert files == {path: path.stat().st_mtime_ns for path in files}
     again = json.loads((out / "results.json").read_text())
@@ -170,43 +170,61 @@ def test_the_chat_template_is_saved_with_the_checkpoint(run):
 # ---------------------------------------------------------------------------- command line, README
 
 
-@pytest.mark.parametrize("name", ["mtr.py", "sft.py", "grpo.py"])
-def test_help_teaches(name):
-    done = program(name, "--help")
-    assert done.returncode == 0 and "--seed" in done.stdout and len(done.stdout) > 800
+PROGRAMS = {"mtr.py": mtr, "sft.py": sft, "grpo.py": grpo}
 
 
-@pytest.mark.parametrize("words, culprit", [
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """A program in this process, in an empty folder -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as stop:
+            run_file.run_main(PROGRAMS[name].main)
+        return stop.value.code, *capsys.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_teaches(name, command):
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "") and "--seed" in out and len(out) > 800
+
+
+MISTAKES = [
     (["mtr.py", "--sed", "1"], "--sed"), (["mtr.py", "--seed", "one"], "one"),
     (["mtr.py", "show", "--out", "nowhere"], "nowhere"),
     (["mtr.py", "ask", "--out", "nowhere", "Who?"], "nowhere"),
     (["grpo.py", "--out", "nowhere"], "nowhere"), (["sft.py", "--steps", "0"], "steps"),
     (["grpo.py", "--loss", "ppo"], "ppo"), (["mtr.py", "train"], "train"),
     (["sft.py", "--out", "/proc/nowhere", "--worlds", "1"], "/proc/nowhere"),
-    (["grpo.py", "--w-answer", "0.1"], "w_answer")])
-def test_a_mistake_is_one_line_and_exit_code_2(words, culprit):
+    (["grpo.py", "--w-answer", "0.1"], "w_answer"),
+    # Numbers out of range.
+    (["mtr.py", "--seed", "-1"], "seed: expected a number of at least 0, found -1"),
+    (["mtr.py", "--seed", "9" * 16], "seed: expected a number of at least 0, found 9999999999"),
+    (["mtr.py", "ask", "--temperature", "-1", "Who?"],
+     "temperature: expected a number of at least 0"),
+    (["mtr.py", "eval", "--max-turns", "0"], "max_turns: expected a number above 0, found 0"),
+    # Abbreviated options, and options in front of the command.
+    (["mtr.py", "--see", "1"], "--see"), (["mtr.py", "ask", "--mod", "x", "Who?"], "--mod"),
+    (["sft.py", "--step", "1"], "--step"),
+    (["mtr.py", "--seed", "1", "show"], "--seed: put options after show"),
+    (["mtr.py", "ask"], "question"), (["mtr.py", "ask", " "], "question: it is empty")]
+
+
+@pytest.mark.parametrize("words, culprit", MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_line_and_exit_code_2(words, culprit, command, tmp_path):
+    code, _, err = command(*words)
+    assert code == 2 and not list(tmp_path.iterdir())
+    assert err.startswith(f"{words[0]}: ") and culprit in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("words, culprit", [MISTAKES[i] for i in (2, 4, 5)], ids=lambda value: str(value)[:40])
+def test_each_program_ends_with_one_line_as_a_process(words, culprit):
     done = program(*words)
     assert done.returncode == 2 and culprit in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-
-
-@pytest.mark.parametrize("words, culprit", [
-    (["--seed", "-1"], "seed: expected a number of at least 0, found -1"),
-    (["--seed", "9" * 16], "seed: expected a number of at least 0, found 9999999999999999"),
-    (["--see", "1"], "--see"), (["ask", "--mod", "x", "Who?"], "--mod"),
-    (["--seed", "1", "show"], "--seed: put options after show"),
-    (["ask"], "question"), (["ask", " "], "question: it is empty"),
-    (["ask", "--temperature", "-1", "Who?"], "temperature: expected a number of at least 0"),
-    (["eval", "--max-turns", "0"], "max_turns: expected a number above 0, found 0")])
-def test_a_mistake_in_the_options_of_mtr(words, culprit, monkeypatch, capsys, tmp_path):
-    """Abbreviated options, options before the command and numbers out of range are refused."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mtr.py", *words])
-    with pytest.raises(SystemExit) as stop:
-        run_file.run_main(mtr.main)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and not out and not list(tmp_path.iterdir())
-    assert err.startswith("mtr.py: ") and culprit in err and err.count("\n") == 1
 
 
 def test_a_toy_run_has_its_own_folder():
