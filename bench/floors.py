@@ -123,13 +123,13 @@ class Clock:
         """Count the FLOPs and bytes of every pass of a model."""
         forward, head = Transformer.forward, Transformer.head
 
-        def weighed(model, ids, window=None):
+        def weighed(model, ids, past=None):
             rows, width = ids.shape
             # A causal row attends to half of its tokens on average.
-            keys = window.mask.shape[-1] if window else width / 2
+            keys = past.mask.shape[-1] if past else width / 2
             flops, read = cost(model, rows, width, keys)
-            self.count(model, flops, read if window else 0)
-            return forward(model, ids, window)
+            self.count(model, flops, read if past else 0)
+            return forward(model, ids, past)
 
         def weighed_head(model, states):
             self.count(model, *head_cost(model, states.numel() // states.shape[-1]))
