@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake prints one line and not the whole usage."""
 
     def error(self, message: str):
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{message}; given: {' '.join(sys.argv[1:])} (see --help)")
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:

@@ -27,7 +27,7 @@ def read_traces(path: str, check: Callable[[dict], object]) -> tuple[dict, dict]
                 if not isinstance(record.get("question", ""), str):
                     raise TypeError("the question is not a text")
                 records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: line {number} was not written by mtr.py traces "
                              f"({type(error).__name__}: {error})") from None
     if not records["agent"]:
@@ -56,7 +56,7 @@ def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
         first, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
         done = {(line["id"], line["sample"]): line["why"] for line in lines}
         found = dict(first["settings"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: was not written by this command; choose another --out") from None
     for name, value in settings.items():
         if found.get(name) != value:
