@@ -12,9 +12,9 @@ torch.set_num_threads(1)
 PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers"}
 collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.find_spec(peer)]
 
-import sft  # noqa: E402  (after the lines above)
-from data.tokenizer import train_tokenizer  # noqa: E402  (after the lines above)
-from model import ModelConfig, Tokenizer, Transformer, save_model  # noqa: E402  (after the lines above)
+import sft  # noqa: E402  (must follow the lines above)
+from data.tokenizer import train_tokenizer  # noqa: E402  (must follow the lines above)
+from model import ModelConfig, Tokenizer, Transformer, save_model  # noqa: E402  (must follow the lines above)
 
 
 @pytest.fixture(scope="session")

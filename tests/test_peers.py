@@ -7,10 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from trl import GRPOTrainer  # noqa: E402  (after the lines above)
+from trl import GRPOTrainer  # noqa: E402  (must follow the lines above)
 
-import grpo  # noqa: E402  (after the lines above)
-from grpo import GRPOConfig, Loss, policy_loss, token_weights  # noqa: E402  (after the lines above)
+import grpo  # noqa: E402  (must follow the lines above)
+from grpo import GRPOConfig, Loss, policy_loss, token_weights  # noqa: E402  (must follow the lines above)
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 LOW, HIGH, MOST = 0.2, 0.28, 9  # both clip bounds, and the constant that dr_grpo divides by

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from test_agents import as_pieces  # noqa: E402  (after the lines above)
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402  (after the lines above)
-from transformers.cache_utils import DynamicCache  # noqa: E402  (after the lines above)
+from test_agents import as_pieces  # noqa: E402  (must follow the lines above)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402  (must follow the lines above)
+from transformers.cache_utils import DynamicCache  # noqa: E402  (must follow the lines above)
 
-import agents  # noqa: E402  (after the lines above)
-from data.world import RELATIONS, tool_for  # noqa: E402  (after the lines above)
-from model import CachePass, KVCache, Sampler, Tokenizer, load, save_model  # noqa: E402  (after the lines above)
+import agents  # noqa: E402  (must follow the lines above)
+from data.world import RELATIONS, tool_for  # noqa: E402  (must follow the lines above)
+from model import CachePass, KVCache, Sampler, Tokenizer, load, save_model  # noqa: E402  (must follow the lines above)
 
 REAL = os.environ.get("MTR_QWEN")
 SHAPES = [(heads, kv_heads, tied) for heads, kv_heads in ((4, 4), (4, 2), (7, 1)) for tied in (True, False)]
