@@ -137,7 +137,8 @@ def check_tools(tools: list[dict]) -> list[Tool]:
     """Turn the ToolMaker's JSON into tools. Raises Rejected with the rule that is broken.
 
     Checked: exactly four parts; a name of 1 to 64 letters, digits, _ or -, that no other tool and
-    no utility tool has; a description; both schemas (see data/schema.py). Not checked: any use.
+    no utility tool has; a description; both schemas (see data/schema.py). Not checked: whether the
+    tools are of any use for the question.
     """
     if not 1 <= len(tools) <= MAX_TOOLS:
         raise Rejected(f"not 1 to {MAX_TOOLS} tools" if tools else "no tools")
@@ -313,7 +314,7 @@ def uniforms(key: tuple, start: int, n: int) -> np.ndarray:
     """Uniform numbers (n,) for the tokens from position start, decided by key and position."""
     seed = [zlib.crc32(repr(part).encode()) for part in key]
     numbers = np.random.default_rng(seed).random(start + n, dtype=np.float32)[start:]
-    # A number that is rounded up to 1 would draw the last id, even with probability 0 (model.draw).
+    # model.draw multiplies them by the last sum of the CDF, and rounding must not reach that sum.
     return np.minimum(numbers, 1 - 1e-6)
 
 

@@ -100,8 +100,8 @@ class GRPOConfig:
     def __post_init__(self):
         validate(self)
         # Every right answer must outrank every wrong one. For a trace with an answer, consistency
-        # is between 1 / len(PARTS), because reward_grammar is 1, and 1. So a wrong answer can gain
-        # at most this by its consistency:
+        # is at most 1. It is at least 1 / len(PARTS), because reward_grammar is 1. So a wrong
+        # answer can gain at most this by its consistency:
         most = self.w_consistency * (1 - 1 / len(PARTS))
         if not self.w_answer * (1 - self.partial) > most:
             raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
@@ -118,14 +118,14 @@ class Evidence:
     call: Call
     turn: int             # index of its turn
     own: set[str]         # the words of its arguments and of their names
-    grounded: list[bool]  # for each value in the arguments: do question or earlier turns hold it?
+    grounded: list[bool]  # is each value in the arguments in the question or an observation before?
     values: list          # the values in its observation; [] if the call failed
     new: list             # of these, the values that its arguments do not hold
     repeated: bool        # an equal call came before
 
 
 def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. Arguments are grounded by the question and by earlier turns."""
+    """The evidence of each call. The sources of its arguments are earlier turns' observations."""
     properties = {tool.name: tool.parameters["properties"] for tool in trace.tools}
     evidence: list[Evidence] = []
     seen: set[str] = set()
@@ -196,8 +196,8 @@ def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
     """Share of useful calls. None without a call.
 
-    A call is useful if it repeats no earlier call, and one of its new values is the answer or
-    stands in the arguments of a later turn's call that repeats none.
+    A call is useful if it is no repetition and one of its new values is the answer, or stands in
+    the arguments of a call in a later turn that is no repetition either.
     """
     useful = 0
     for e in evidence:

@@ -85,8 +85,8 @@ def run_all(config: RunConfig) -> None:
         seconds[stage] = round(time.perf_counter() - start, 1)
         return result
 
-    say(f"1/4  SFT: {first.steps} steps from random weights, on a scripted teacher's traces. On "
-        "purpose, it often stops one lookup too early: GRPO has to unlearn that")
+    say(f"1/4  SFT: {first.steps} steps from random weights, on the traces of a scripted teacher. "
+        "On purpose, this teacher often answers one step too early: GRPO has to unlearn that")
     timed("sft", train_sft, first)
     say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} "
         "traces")
@@ -160,7 +160,7 @@ def traces_command(config: TracesConfig) -> None:
     print(f"kept {reasons.pop('', 0)} of {total} traces")
     for reason, number in reasons.most_common():
         print(f"  {number:>6}  {reason}")
-    print(f"next: python sft.py --model {config.model} --traces {config.out} --out RUN")
+    print(f"next: python sft.py --model STUDENT --traces {config.out} --lr 1e-5 --out RUN")
 
 
 def show(config: ShowConfig) -> None:

@@ -152,8 +152,8 @@ def _agent_conversation(record: dict) -> tuple[list[str], Turns]:
     for turn in record["turns"]:
         thought = f"<think>{turn['thought']}</think>"
         if "answer" in turn:
-            # The small model's tokenizer splits the space off (WORDS in data/tokenizer.py). So the
-            # answer is the same token here as in an observation.
+            # Without the space, the small model's tokenizer would join ">" and the name. A space
+            # before a name stands alone (WORDS in data/tokenizer.py).
             turns.append(([f"{thought}\n<answer> {turn['answer']}</answer>"], []))
         else:
             results = [agents.result_text(observation) for observation in turn["observations"]]
@@ -381,7 +381,8 @@ def main() -> None:
     """python sft.py"""
     config = command_line(SFTConfig, __doc__)
     train_sft(config)
-    print(f"stage 1 is done: {Path(config.out) / 'sft'}; next: python grpo.py --out {config.out}")
+    more = " --data FILE --lr 1e-6" if config.model else ""
+    print(f"stage 1 is done; next: python grpo.py --out {config.out}{more}")
 
 
 if __name__ == "__main__":
