@@ -119,9 +119,8 @@ class Tool:
     @property
     def schema(self) -> dict:
         """The tool in the form that OpenAI's API takes."""
-        function = {"name": self.name, "description": self.description,
-                    "parameters": self.parameters}
-        return {"type": "function", "function": function}
+        parts = ("name", "description", "parameters")
+        return {"type": "function", "function": {part: getattr(self, part) for part in parts}}
 
     @cached_property
     def definition(self) -> str:
@@ -189,8 +188,8 @@ class Turn:
     error: str | None = None  # how the turn breaks the grammar
 
 
-# Any text takes linear time. THOUGHT and ANSWER are matched once, from the start. CALLS is applied
-# up to the last closing tag: beyond it, each opening tag would scan to the end of the text.
+# Any text is parsed in linear time. THOUGHT and ANSWER are matched only at the start. CALLS gets
+# the text up to the last closing tag: after it, each opening tag would scan to the end in vain.
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
@@ -528,7 +527,7 @@ class Toolbox:
     """The tools that the ToolMaker wrote for one question."""
     kind: str
     made: list[Tool]
-    tries: int          # number of the accepted try; 0: none was (`made` is the fallback or [])
+    tries: int          # number of the accepted try; 0: none was, so `made` is not its work
     thought: str = ""
     rejected: str = ""  # why the previous try was rejected
 

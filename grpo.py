@@ -79,8 +79,8 @@ class GRPOConfig:
                         "on it")
     questions: int = option(12, "questions per rollout")
     group: int = option(8, "G: traces per question", least=2)
-    epochs: int = option(1, "passes over a rollout")
-    minibatches: int = option(1, "optimizer steps per pass")
+    epochs: int = option(1, "how often each rollout is trained on")
+    minibatches: int = option(1, "optimizer steps per epoch")
     lr: float = option(5e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
     clip_norm: float = option(1.0, "maximum norm of the gradient")
     loss: str = option("dapo", "whose loss, see above", choices=tuple(LOSSES))
@@ -92,10 +92,10 @@ class GRPOConfig:
     max_turns: int = option(8, "turns per trace")
     turn_tokens: int = option(112, "new tokens per turn")
     trace_tokens: int = option(896, "tokens per trace, with prompt and observations")
-    micro_tokens: int = option(4096, "tokens per pass of the trainer, with padding")
+    micro_tokens: int = option(4096, "tokens per micro-batch of the trainer, with padding")
     eval_every: int = option(13, "steps between two evaluations on held-out questions")
     save_every: int = option(5, "steps between two checkpoints")
-    resume: bool = option(False, "continue from the newest checkpoint in OUT/grpo, if there is one")
+    resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
     def __post_init__(self):
         validate(self)
@@ -239,7 +239,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
 def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
     """rewards (B,), group numbers (B,) -> advantages (B,) in float64.
 
-    In a flat group, and for a reward that is NaN, the advantage is 0.
+    0 in a flat group, and for NaN, which a reward function of your own may return.
     """
     out = torch.zeros(len(rewards), dtype=torch.float64)
     for group in groups.unique():
@@ -431,7 +431,7 @@ def store_logprobs(model: Transformer, traces: list[Trace], name: str, config: G
 
 def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer,
            traces: list[Trace], config: GRPOConfig, lr: float) -> dict[str, float]:
-    """The optimizer steps of one rollout -> what to log: losses, norms, means per sampled token."""
+    """The optimizer steps of one rollout -> what to log; most are means per sampled token."""
     overlong = LOSSES[config.loss].mask_overlong
     # counted: traces that count in the weights; learned: those of them that have a gradient.
     counted = [t for t in traces if not (overlong and t.status == "truncated")]
@@ -550,7 +550,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
             run.save_traces(step, answered)
         run.log({name: row.get(name, "") for name in GRPO_COLUMNS})
         if not log["updates"]:
-            bar.write(f"step {step}: no trace has a gradient (all groups are flat or truncated)")
+            bar.write(f"step {step}: no trace has a gradient: all are in flat groups, or truncated")
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")

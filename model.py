@@ -337,8 +337,8 @@ class CachePass:
         cache.longest = min(cache.longest + T, cache.k.shape[3])
         keys = torch.arange(cache.longest, device=device)
         future = keys > self.positions[:, None, :, None]  # (B, 1, T, S)
-        # SDPA would turn a bool mask into this float mask again in every layer. It is repeated,
-        # because Attention.forward folds H/K query heads into one.
+        # SDPA would turn a bool mask into a float mask in every layer. The mask is tiled along the
+        # queries, because Attention.forward folds H/K query heads into one.
         mask = torch.zeros(future.shape, dtype=cache.k.dtype, device=device)
         self.mask = mask.masked_fill_(future, -math.inf).repeat(1, 1, cache.groups, 1)
         if T > 1:  # (row, column) of each real token

@@ -85,8 +85,8 @@ def run_all(config: RunConfig) -> None:
         seconds[stage] = round(time.perf_counter() - start, 1)
         return result
 
-    say(f"1/4  SFT: {first.steps} steps from random weights, on the traces of a scripted teacher. "
-        "On purpose, this teacher often answers one step too early: GRPO has to unlearn that")
+    say(f"1/4  SFT: {first.steps} steps from random weights, on a scripted teacher's traces. This "
+        "teacher often answers a step too early, on purpose: GRPO has to unlearn that")
     timed("sft", train_sft, first)
     say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} "
         "traces")

@@ -43,8 +43,8 @@ class SFTConfig:
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
     traces: str = option("", "file from mtr.py traces, in place of the scripted teacher")
-    worlds: int = option(20, "imagined worlds, with the names of the true world but other facts; "
-                         "each gives 300 conversations of AutoAgent and 300 of ToolMaker")
+    worlds: int = option(20, "worlds with the same names but other facts, so that AutoAgent can't "
+                         "learn facts by heart; each gives 300 conversations")
     steps: int = option(1300, "optimizer steps")
     agent_tokens: int = option(1200, "size of AutoAgent's batch in a step, in tokens with padding")
     maker_tokens: int = option(900, "size of ToolMaker's batch in a step, in tokens with padding")
@@ -60,7 +60,7 @@ class SFTConfig:
     continued_steps: int = option(560, "steps of mtr.py's control: more SFT in place of GRPO")
     eval_every: int = option(300, "steps between two evaluations of the held-out loss")
     save_every: int = option(150, "steps between two checkpoints")
-    resume: bool = option(False, "continue from the newest checkpoint in OUT/sft, if there is one")
+    resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
     def __post_init__(self):
         validate(self)
@@ -107,7 +107,7 @@ def pad(rows: list[list], device: str, dtype: torch.dtype | None = None) -> Tens
 
 
 def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
-    """Batches of similar length, each of at most `tokens` tokens if padded to its longest trace."""
+    """Batches of similar length: one trace, or at most `tokens` tokens if padded to the longest."""
     made: list[list[Trace]] = []
     for trace in sorted(traces, key=lambda trace: len(trace.ids)):
         if not made or len(trace.ids) * (len(made[-1]) + 1) > tokens:
