@@ -39,7 +39,6 @@ class Control(str):
 
 IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
 CALL_START, CALL_END = Control("<tool_call>"), Control("</tool_call>")
-DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TOOLS_HEAD = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
               "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
 TOOLS_TAIL = ["\n</tools>\n\nFor each function call, return a json object with function name and "
@@ -58,7 +57,7 @@ def chat_turn(speaker: str, *content: str) -> list[str]:
     return [IM_START, f"{speaker}\n", *content, IM_END, "\n"]
 
 
-def system_turn(text: str = DEFAULT_SYSTEM, schemas: list[dict] = ()) -> list[str]:
+def system_turn(text: str, schemas: list[dict] = ()) -> list[str]:
     """The system turn: instructions, then the schemas of the tools, if there are any."""
     if not schemas:
         return chat_turn("system", text)
@@ -527,7 +526,7 @@ class Toolbox:
     """The tools that the ToolMaker wrote for one question."""
     kind: str
     made: list[Tool]
-    tries: int          # number of the accepted try; 0: none was, so `made` is not its work
+    tries: int          # number of the accepted try; 0: the ToolMaker did not write `made`
     thought: str = ""
     rejected: str = ""  # why the previous try was rejected
 
@@ -592,7 +591,7 @@ def parse_tools(text: str) -> tuple[str, str, list[Tool]]:
     match = TOOLS_REPLY.fullmatch(text)
     if not match:
         raise Rejected("no think, kind and tools")
-    thought, kind, body = match[1].strip(), match[2].strip(), match[3]
+    thought, kind, body = map(str.strip, match.groups())
     if kind not in KINDS:
         raise Rejected("unknown kind")
     lines = [line for line in body.split("\n") if line.strip()]

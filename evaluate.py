@@ -18,13 +18,12 @@ from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.read import Item, read_questions, write_predictions, write_questions
 from data.score import exact_match, f1, holds, interval, normalize
-from data.training import read_done
+from data.training import read_done, world_seed
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
 from data.world import tools_for as teachers_tools
 from grpo import GRPOConfig, Simulator, by_set, means, measure, score_heldout
 from model import ModelConfig, Transformer, load
 from run import option, pick_device, set_up, validate
-from sft import world_seed
 
 # ------------------------------------------------------------------------ the rows of a run's table
 
@@ -44,7 +43,8 @@ def all_rows(out: Path, config: GRPOConfig, few: bool
     models = {name: load(out / name / "model", device)[0] for name in names}
     untrained = Transformer(simulator.model.config).init_weights(config.seed)
     models["untrained"] = untrained.to(device)
-    simulated, real = simulator.actor.answer, data.tools.real(world.real)
+    simulated = simulator.actor.answer
+    real = data.tools.real(world.real)
     plan = [("closed_book", "sft", simulated), ("untrained", "untrained", simulated),
             ("sft", "sft", simulated), ("sft_continued", "sft_continued", simulated),
             ("sft_blanked", "sft", data.tools.blanked),
@@ -95,12 +95,13 @@ def actor_fidelity(traces: list[Trace], world: World) -> float:
 
 
 def maker_shares(simulator: Simulator, questions: list[Question]) -> dict[str, float]:
-    """Shares of the questions by how the ToolMaker did. `exact`: its tools are the teacher's."""
+    """Shares of the questions by the fate of their tools. `exact`: they are the teacher's."""
     boxes = [simulator.boxes[q.id] for q in questions]
     exact = 0
     for box, q in zip(boxes, questions, strict=True):
         made = [json.loads(tool.definition) for tool in box.made]
-        exact += box.tries > 0 and box.kind == q.kind and made == teachers_tools(q)
+        if box.tries > 0 and box.kind == q.kind and made == teachers_tools(q):
+            exact += 1
     counts = {"valid": sum(box.tries == 1 for box in boxes), "exact": exact,
               "accepted": sum(box.tries > 0 for box in boxes),
               "regenerated": sum(box.tries > 1 for box in boxes),
@@ -138,7 +139,8 @@ class EvalConfig(AgentConfig):
     skip_bad: bool = option(False, "skip broken records and count them")
     backend: str = option("simulated", "who answers the calls: the ToolActor, or the run's world "
                           "or your own tools only", choices=("simulated", "real"))
-    real_tools: str = option("", "your own tools: JSON, or Python as in docs/real_tools.py")
+    real_tools: str = option("", "your own tools: JSON, or Python, which is executed (see "
+                             "docs/real_tools.py)")
     grounded: bool = option(False, "show the ToolActor the paragraphs of the question")
     tools: bool = option(True, "--no-tools is the baseline: a direct answer")
     samples: int = option(1, "traces per question")
@@ -159,6 +161,7 @@ class TracesConfig(EvalConfig):
     out: str = option("traces.jsonl", "file for the traces; questions that it holds are skipped")
     model: str = option("", "the teacher: a checkpoint folder that serves as all three agents")
     data: tuple = option((), "question files")
+    name: str = option("traces", "title of the progress bar")
     temperature: float = option(1.0, "temperature of AutoAgent; 0: greedy", least=0)
     samples: int = option(4, "traces per question")
 
@@ -177,7 +180,9 @@ def load_tools(path: str) -> list[Tool]:
 
 def open_models(config: AgentConfig, rows: int, long_prompts: bool = False
                 ) -> tuple[Simulator, Transformer, World | None]:
-    """The simulator, the policy and the world of a run; or a checkpoint as both, and no world."""
+    """Simulator, policy and world of a run. With --model, one checkpoint is simulator and policy,
+    and there is no world.
+    """
     set_up(config)
     dtype = torch.bfloat16 if pick_device() == "cuda" else torch.float32
     if config.model:
@@ -187,7 +192,7 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False
         limits = {name: getattr(config, name) or limit for name, limit in limits.items()}
         if limits["trace_tokens"] > most:
             raise InputError(f"trace_tokens: {limits['trace_tokens']}, but the checkpoint in "
-                             f"{folder} has room for {most}")
+                             f"{folder} is made for {most}")
         simulator = Simulator(folder, replace(config, **limits), True, rows, dtype)
         return simulator, simulator.model, None
     out = Path(config.out)
@@ -196,9 +201,10 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False
             raise InputError(f"--out: no finished run in {out} ({stage}/model is missing); "
                              "python mtr.py makes one")
     trained = read_json(out / "grpo" / "config.json")
-    limits = {name: getattr(config, name) or trained[name] for name in LIMITS}
-    dtype = dtype if trained["data"] else torch.float32  # the miniature is float32 everywhere
-    long_prompts = long_prompts or bool(trained["data"])
+    limits = {name: getattr(config, name) or trained.get(name, LIMITS[name]) for name in LIMITS}
+    from_files = bool(trained.get("data"))
+    dtype = dtype if from_files else torch.float32  # the miniature is float32 everywhere
+    long_prompts = long_prompts or from_files
     simulator = Simulator(out / "sft" / "model", replace(config, **limits), long_prompts, rows,
                           dtype)
     policy, _ = load(out / "grpo" / "model", pick_device(), dtype)
@@ -217,8 +223,7 @@ class Players:
         real = config.backend == "real"
         if real and config.model and not self.own:
             raise InputError("backend: --model has no world to answer; give --real-tools FILE")
-        self.simulator, policy, self.world = open_models(config, config.rows, config.grounded)
-        self.agent = self.simulator.agent(policy, config.rows, config.temperature)
+        self.simulator, self.policy, self.world = open_models(config, config.rows, config.grounded)
         self.backend = self.simulator.actor.answer
         if real and self.world:
             self.backend = data.tools.real(self.world.real)
@@ -226,22 +231,34 @@ class Players:
 
     def answer(self, asked: list[tuple[Item, int]]) -> Iterator[tuple[Item, int, Toolbox, Trace]]:
         """Answer each (question, sample), `rows` traces at once."""
-        config, boxes = self.config, self.simulator.boxes
+        config = self.config
+        boxes = self.simulator.boxes
         boxes.clear()  # ids may repeat in another file
+        rows = min(config.rows, len(asked))
+        agent = self.simulator.agent(self.policy, rows, config.temperature) if asked else None
+        seal = self.world and config.backend == "simulated"
         for i in tqdm(range(0, len(asked), config.rows), desc=config.name, unit="batch"):
             part = asked[i:i + config.rows]
-            if config.tools and not self.only_own:
-                self.simulator.make_tools([item for item, _ in part])
-            traces = []
-            for item, sample in part:
-                box = boxes.setdefault(item.id, Toolbox("composition", [], 0))
-                key = (config.seed, "play", item.id, sample)
-                traces.append(Trace(item.text, self.tools(item, box), key))
-            sealed = self.world and config.backend == "simulated"
-            with self.world.sealed() if sealed else nullcontext():
-                run_episodes(self.agent, self.backend, traces, closed_book=not config.tools)
+            with self.world.sealed() if seal else nullcontext():
+                if config.tools and not self.only_own:
+                    self.simulator.make_tools([item for item, _ in part])
+                traces = []
+                for item, sample in part:
+                    box = boxes.setdefault(item.id, Toolbox("composition", [], 0))
+                    key = (config.seed, "play", item.id, sample)
+                    traces.append(Trace(item.text, self.tools(item, box), key))
+                run_episodes(agent, self.backend, traces, closed_book=not config.tools)
             for (item, sample), trace in zip(part, traces, strict=True):
                 yield item, sample, boxes[item.id], trace
+
+    def answered_by(self) -> str:
+        """Who answers the calls, for the row of a result."""
+        config = self.config
+        if not config.tools:
+            return "none"
+        grounded = ", grounded" if config.grounded else ""
+        own = f", {config.real_tools}" if self.own else ""
+        return f"{config.backend}{grounded}{own}"
 
     def tools(self, item: Item, box: Toolbox) -> list[Tool]:
         """The ToolMaker's tools and the user's. A user's tool replaces one of the same name."""
@@ -265,6 +282,9 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     if folder.exists():
         raise InputError(f"{folder}: holds a result; remove it or choose another --name")
     read = [read_questions(file, config.skip_bad) for file in config.data]
+    names = [items[0].set for items, _ in read]
+    if len(set(names)) < len(names):
+        raise InputError("data: two files have the same name; rename one")
     players = Players(config)
     if not config.data:
         held_out = [q for q in make_questions(players.world) if q.set in HELD_OUT]
@@ -277,7 +297,7 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
         start = time.perf_counter()
         lines = []
         asked = list(product(items, range(config.samples)))
-        with open(folder / f"{first.set}.jsonl", "a", encoding="utf-8") as file:
+        with open(folder / f"{first.set}.jsonl", "w", encoding="utf-8") as file:
             for item, sample, _, trace in players.answer(asked):
                 answer = trace.answer if trace.status == "answered" else ""
                 lines.append({"id": item.id, "sample": sample, "prediction": answer,
@@ -286,7 +306,7 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
         row = {"set": first.set, "rule": first.rule, **result_row(lines, config.samples),
                "seconds": time.perf_counter() - start, "bad": len(bad),
                "model": config.model or config.out, "temperature": config.temperature,
-               "backend": config.backend if config.tools else "none"}
+               "backend": players.answered_by(), "seed": config.seed}
         rows.append(row)
         (folder / f"{first.set}.json").write_text(json.dumps(row, indent=2) + "\n")
         if first.rule not in ("common", "bamboogle"):
@@ -319,14 +339,15 @@ def make_traces(config: TracesConfig) -> Counter:
         for item in read_questions(file, config.skip_bad)[0]:
             items.append(replace(item, id=f"{number} {item.id}"))
     path = Path(config.out)
-    players = Players(replace(config, name="traces"))
+    players = Players(config)
     settings = asdict(players.simulator.config)
     settings = {name: settings[name] for name in SETTINGS}
-    settings["sources"] = fingerprint(config.model, *config.data)
+    own_tools = [config.real_tools] if config.real_tools else []
+    settings["sources"] = fingerprint(config.model, *config.data, *own_tools)
     done = read_done(path, settings)
     why = Counter(done.values())
-    asked = product(items, range(config.samples))
-    asked = [(item, sample) for item, sample in asked if (item.id, sample) not in done]
+    pairs = product(items, range(config.samples))
+    asked = [(item, sample) for item, sample in pairs if (item.id, sample) not in done]
     with open(path, "a", encoding="utf-8") as file:
         for item, sample, box, trace in players.answer(asked):
             reason = why_not(trace, item)

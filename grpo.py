@@ -44,11 +44,11 @@ from tqdm import tqdm
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.score import exact_match, f1, holds, leaves, normalize, same, words
-from data.training import choose_questions
+from data.training import choose_questions, world_seed
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
 from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
-from sft import make_optimizer, micro_batches, optimizer_step, pad, world_seed
+from sft import make_optimizer, micro_batches, optimizer_step, pad
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class GRPOConfig:
     out: str = option("run", "run folder; this stage starts from OUT/sft and writes OUT/grpo")
     seed: int = option(0, "seed of the choice of questions and of all sampling", least=0)
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
-    data: tuple = option((), "question files to train on; every twentieth question is held out")
+    data: tuple = option((), "question files to train on; every twentieth question is held out",
+                         unset="the fictional world's")
     skip_bad: bool = option(False, "skip broken records of these files")
     steps: int = option(20, "steps; each samples a rollout (questions x group traces) and trains "
                         "on it")
@@ -118,14 +119,14 @@ class Evidence:
     call: Call
     turn: int             # index of its turn
     own: set[str]         # the words of its arguments and of their names
-    grounded: list[bool]  # is each value in the arguments in the question or an observation before?
+    grounded: list[bool]  # for each value in the arguments: does it occur in a source?
     values: list          # the values in its observation; [] if the call failed
     new: list             # of these, the values that its arguments do not hold
     repeated: bool        # an equal call came before
 
 
 def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. The sources of its arguments are earlier turns' observations."""
+    """The evidence of each call. Sources are the question and earlier turns' observations."""
     properties = {tool.name: tool.parameters["properties"] for tool in trace.tools}
     evidence: list[Evidence] = []
     seen: set[str] = set()
@@ -239,7 +240,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
 def advantages(rewards: Tensor, groups: Tensor, scale_std: bool) -> Tensor:
     """rewards (B,), group numbers (B,) -> advantages (B,) in float64.
 
-    0 in a flat group, and for NaN, which a reward function of your own may return.
+    0 in a flat group. NaN rewards are ignored.
     """
     out = torch.zeros(len(rewards), dtype=torch.float64)
     for group in groups.unique():
@@ -319,8 +320,9 @@ class Simulator:
         self.config = config
         self.model, self.tokenizer = load(folder, pick_device(), dtype)
         self.model.requires_grad_(False)
-        maker_tokens, actor_tokens = 480, 64  # longest replies of the miniature
-        slots = 160 + maker_tokens  # with its longest prompt
+        maker_tokens = 480  # the longest replies of the miniature
+        actor_tokens = 64
+        slots = 160 + maker_tokens  # 160: its longest prompt
         if long_prompts:
             maker_tokens = actor_tokens = max(480, config.turn_tokens)
             slots = min(self.model.config.max_position_embeddings,
@@ -457,8 +459,8 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
 
     tokens = max(1.0, sums["tokens"])
     log = {name: sums[name] / tokens for name in ("kl", "clip_low", "clip_high", "entropy")}
-    log |= {"loss": sums["loss"] / max(1, len(norms)), "trained": sums["trained"],
-            "updates": len(norms), "grad_norm": float(np.mean(norms)) if norms else 0.0}
+    log |= {"loss": sums["loss"] / max(1, len(norms)), "updates": len(norms),
+            "grad_norm": float(np.mean(norms)) if norms else 0.0}
     if learned:  # how much the log-probabilities of sampler and trainer differ
         gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in learned]
         gap = np.abs(np.concatenate(gaps))
@@ -483,7 +485,6 @@ def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
     stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": mask.sum()}
     for name, value in stats.items():
         sums[name] += float(value)
-    sums["trained"] += sum(len(t.ids) for t in part)  # all tokens of the pass
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -491,8 +492,7 @@ def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
 GRPO_COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finished", "truncated",
                 "flat_groups", "calls", "length", "entropy", "kl", "clip_low", "clip_high",
                 "gap_mean", "gap_max", "grad_norm", "updates", "lr", "memo_hits", "heldout_greedy",
-                "heldout_sampled", "time_sample", "time_train", "time_sample_rate",
-                "time_train_rate", "loss"]
+                "heldout_sampled", "time_sample", "time_train", "loss"]
 
 
 def summary(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> dict[str, float]:
@@ -513,7 +513,8 @@ def summary(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> dic
 def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
          held_out: list[Question], run: Run) -> None:
     """The loop of stage 2: roll out, reward, advantage, update, log, evaluate."""
-    config, actor = simulator.config, simulator.actor
+    config = simulator.config
+    actor = simulator.actor
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
     optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
@@ -523,7 +524,8 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     for step in bar:
         # Roll out, reward, advantage.
         start = time.perf_counter()
-        asked, remembered = actor.asked, actor.remembered
+        asked = actor.asked
+        remembered = actor.remembered
         traces = simulator.traces(plan[step], config.group, step)
         run_episodes(agent, actor.answer, traces, config.group)
         golds = [plan[step][i // config.group].golds for i in range(len(traces))]
@@ -540,9 +542,6 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         row["memo_hits"] = (actor.remembered - remembered) / max(1, actor.asked - asked)
         row["time_sample"] = middle - start
         row["time_train"] = end - middle
-        # Sampled tokens per second, and tokens per second of the trainer's passes.
-        row["time_sample_rate"] = sum(sum(t.mask) for t in traces) / (middle - start)
-        row["time_train_rate"] = row.pop("trained") / (end - middle)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             result, answered = score_heldout(simulator, agent, held_out)
             row["heldout_greedy"] = result["em_greedy"]

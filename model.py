@@ -68,7 +68,9 @@ class ModelConfig:
                 expected = want.get(f.type, "a number above 0")
                 raise InputError(f"{path}: {f.name} should be {expected}, found {value!r}")
         config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
-        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        D = config.hidden_size
+        H = config.num_attention_heads
+        K = config.num_key_value_heads
         if D % (2 * H) or H % K or config.num_hidden_layers > 1000:
             raise InputError(f"{path}: hidden_size {D} should be a multiple of 2 x "
                              f"num_attention_heads {H}, which should be a multiple of "
@@ -455,7 +457,9 @@ class Sampler:
 
         uniforms (B, longest limit): the random numbers of each conversation, one per new token.
         """
-        device, B, longest = self.model.device, len(conversations), max(limits)
+        device = self.model.device
+        B = len(conversations)
+        longest = max(limits)
         for c, limit in zip(conversations, limits, strict=True):
             need = c.filled + len(c.pending) + limit - 1  # the last new id is not fed
             assert c.pending and limit > 0 and need <= self.slots, (
@@ -486,11 +490,13 @@ class Sampler:
             states = self.model(new[:, None], past)[:, 0]  # (B, D)
             past.close()
 
-        ids, logprobs, count = ids.tolist(), logprobs.tolist(), count.tolist()
-        for i, c in enumerate(conversations):
-            c.pending = ids[i][count[i] - 1:count[i]]  # the last id was never fed to the model
-            c.filled += count[i] - 1
-        return [(ids[i][:n], logprobs[i][:n]) for i, n in enumerate(count)]
+        results = []
+        rows = zip(ids.tolist(), logprobs.tolist(), count.tolist(), strict=True)
+        for c, (row, scores, n) in zip(conversations, rows, strict=True):
+            c.pending = row[n - 1:n]  # the last id was never fed to the model
+            c.filled += n - 1
+            results.append((row[:n], scores[:n]))
+        return results
 
     def _prefill(self, conversations: list[Conversation]) -> Tensor:
         """Feed the pending ids, a ragged batch -> the state of each one's last id (B, D).

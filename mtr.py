@@ -77,6 +77,10 @@ def run_all(config: RunConfig) -> None:
     if finished and not config.resume:
         raise InputError(f"{out}: holds a finished run (see mtr.py show); remove it or choose "
                          "another --out")
+    for stage in ("sft", "grpo", "sft_continued"):
+        if not config.resume and (out / stage / "checkpoints").exists():
+            raise InputError(f"{out / stage}: holds a run; continue it with --resume, remove it or "
+                             "choose another --out")
     seconds = {}  # after --resume: only of what was left to do
 
     def timed(stage: str, function, *args, **more):
@@ -142,7 +146,7 @@ def ask(config: AskConfig) -> None:
         run_episodes(agent, simulator.actor.answer, [trace], watch=watch)
     last = trace.turns[-1] if trace.turns else None
     if last is None:
-        print("  its tools leave no room to answer")
+        print("  the definitions of its tools leave no tokens to answer")
     elif not last.calls and last.answer is None:  # malformed or cut off
         length = trace.mask[::-1].index(0)  # the last turn is the run of ones at the end
         print(f"  the turn  {simulator.tokenizer.decode(trace.ids[-length:])!r}")

@@ -1,4 +1,4 @@
-"""What people look at: tables, traces before and after GRPO, curves. You may skip this file."""
+"""Results for people: tables, traces before and after GRPO, curves. You may skip this file."""
 import csv
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What all programs share: command line, device, precision, run folder. You may skip this file."""
+"""Shared by all programs: command line, device, precision, run folder. You may skip this file."""
 import argparse
 import csv
 import json
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agents import Trace
-from data import InputError, fingerprint, read_json
+from data import InputError, fingerprint, printable, read_json
 from model import Tokenizer, Transformer, save_model
 
 
@@ -45,7 +45,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake prints one line and not the whole usage."""
 
     def error(self, message: str):
-        raise InputError(f"{message}; given: {' '.join(sys.argv[1:])} (see --help)")
+        given = printable(" ".join(sys.argv[1:]))
+        raise InputError(f"{printable(message)}; given: {given} (see --help)")
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
@@ -150,7 +151,7 @@ class Run:
         self.state = {"step": 0, "logs": {}}
         self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
         self.finished = (folder / "model" / "config.json").exists()
-        options = {**asdict(config), "sources": fingerprint(*sources)}
+        options = {**asdict(config), "sha256_of_model_and_data": fingerprint(*sources)}
         if not (self.checkpoint or self.finished):
             self._begin(options)
         elif config.resume:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
-from data import read_json
 from data.tokenizer import Tokenizer, train_tokenizer
 from data.training import ROLES, read_traces
 from data.world import make_world, teach
@@ -43,8 +42,8 @@ class SFTConfig:
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
     traces: str = option("", "file from mtr.py traces, in place of the scripted teacher")
-    worlds: int = option(20, "worlds with the same names but other facts, so that AutoAgent can't "
-                         "learn facts by heart; each gives 300 conversations")
+    worlds: int = option(20, "worlds with the same names but other facts, so that no agent learns "
+                         "facts by heart; each gives AutoAgent and ToolMaker 300 conversations")
     steps: int = option(1300, "optimizer steps")
     agent_tokens: int = option(1200, "size of AutoAgent's batch in a step, in tokens with padding")
     maker_tokens: int = option(900, "size of ToolMaker's batch in a step, in tokens with padding")
@@ -340,11 +339,6 @@ def new_miniature(config: SFTConfig, records: dict[str, list[dict]], run: Run
     return model.to(pick_device()), tokenizer
 
 
-def world_seed(out: str) -> int:
-    """The seed of the fictional world that a run was trained on."""
-    return read_json(Path(out) / "sft" / "config.json")["seed"]
-
-
 def train_sft(config: SFTConfig, continued: bool = False) -> None:
     """Run stage 1 -> OUT/sft/model. `continued` runs the control: more SFT from OUT/sft/model."""
     set_up(config)
@@ -359,15 +353,14 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
     if source:  # a broken folder is refused before anything is written
         model, tokenizer = load(source, pick_device())
     if config.traces:
-        print("reading the conversations", flush=True)
         records, valid = read_traces(config.traces, split_conversation)
-    else:
-        print("making the world and its teacher's conversations", flush=True)
-        records, valid = teach(config.seed, config.worlds)
     sources = [path for path in (source, config.traces) if path]
     run = Run(folder, config, SFT_COLUMNS, sources)
     if run.finished:
         return
+    if not config.traces:
+        print("making the world and its teacher's conversations", flush=True)
+        records, valid = teach(config.seed, config.worlds)
     if source:  # a trained model can copy already: pieces longer than any trace are whole traces
         config = replace(config, piece=1_000_000)
     else:

@@ -94,7 +94,7 @@ class Clock:
         call = getattr(owner, name)
 
         def timed(*args, **more):
-            self.path.append(second if second and len(args) > 1 else label)
+            self.path.append(second if second and len(args) + len(more) > 1 else label)
             self.inner.append(0.0)
             start = time.perf_counter()
             try:

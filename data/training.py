@@ -1,11 +1,11 @@
-"""What the stages train on: kept traces of a teacher, and the questions of each rollout."""
+"""The training data of both stages: kept traces of a teacher, the questions of each rollout."""
 import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data import InputError, read_file
+from data import InputError, read_file, read_json
 from data.read import read_questions
 from data.world import HELD_OUT, World, make_questions, mixed
 
@@ -48,7 +48,7 @@ def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
 
     The first line of the file holds the settings. A last line that a kill cut off is removed.
     """
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         path.write_text(json.dumps({"settings": settings, "conversations": []}) + "\n")
     text = path.read_bytes()
     whole = text[:text.rfind(b"\n") + 1]
@@ -65,6 +65,15 @@ def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
     if whole != text:
         path.write_bytes(whole)
     return done
+
+
+def world_seed(out: str) -> int:
+    """The seed of the fictional world that a run was trained on."""
+    path = Path(out) / "sft" / "config.json"
+    seed = read_json(path).get("seed")
+    if type(seed) is not int:
+        raise InputError(f"{path}: seed should be a whole number, found {seed!r}")
+    return seed
 
 
 def choose_questions(config, world: World) -> tuple[list[list], list]:

@@ -53,6 +53,8 @@ def object_of(required=None, **properties):
 
 
 TEXT = {"type": "string"}
+# Qwen2.5's template puts this where a conversation has no system turn.
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 BIRTHPLACE = Tool("birthplace", "Where a person was born.", object_of(person=TEXT),
                   object_of(birthplace=TEXT))
 COUNTRY = Tool("country", "Where a city lies.", object_of(city=TEXT), object_of(country=TEXT))
@@ -152,9 +154,9 @@ TWO_CALLS_TEXT = ('<tool_call>\n{"name": "f", "arguments": {"b": 1, "a": ["é", 
                   '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>')
 
 GOLDEN = {
-    "default system turn": (lambda: system_turn(), QWEN + "<|im_end|>\n"),
+    "default system turn": (lambda: system_turn(DEFAULT_SYSTEM), QWEN + "<|im_end|>\n"),
     "system turn": (lambda: system_turn("Be brief."), "<|im_start|>system\nBe brief.<|im_end|>\n"),
-    "one tool": (lambda: system_turn(schemas=[ZETA]), QWEN + HEAD + ZETA_LINE + TAIL),
+    "one tool": (lambda: system_turn(DEFAULT_SYSTEM, schemas=[ZETA]), QWEN + HEAD + ZETA_LINE + TAIL),
     "two tools": (lambda: system_turn("S", [ZETA, ZETA]),
                   "<|im_start|>system\nS" + HEAD + ZETA_LINE * 2 + TAIL),
     "user turn": (lambda: chat_turn("user", "Hi\nthere"), "<|im_start|>user\nHi\nthere<|im_end|>\n"),
@@ -237,7 +239,7 @@ def conversation(rng):
 
 def as_pieces(messages, tools):
     """The pieces that agents.py makes of the same conversation."""
-    head = messages[0]["content"] if messages[0]["role"] == "system" else agents.DEFAULT_SYSTEM
+    head = messages[0]["content"] if messages[0]["role"] == "system" else DEFAULT_SYSTEM
     pieces = system_turn(head, tools)
     results = []
     for message, after in zip(messages, [*messages[1:], None], strict=True):

@@ -222,7 +222,7 @@ def test_a_question_longer_than_the_context_is_refused(folder, tmp_path, ask, mo
 def test_more_tokens_per_trace_than_the_checkpoint_has_are_refused(folder, ask):
     """The folder of the tests has 256 positions."""
     code, out, err = ask("--model", folder, "Who?", "--trace-tokens", 257)
-    assert (code, out) == (2, "") and "trace_tokens: 257" in err and "room for 256" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and "trace_tokens: 257" in err and "made for 256" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("question", ["", " \n"])

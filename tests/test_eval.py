@@ -194,7 +194,7 @@ def test_batches_of_any_size_give_the_same_row(stand_in, folder, data):
         rows.append({name: value for name, value in row.items() if name != "seconds"})
         maker = [stand_in[0].tokenizer.decode(ids) for ids in stand_in[0].before]
         assert sum(agents.MAKER_SYSTEM[:40] in text for text in maker) == len(QUESTIONS)
-        assert max(stand_in[1].opened) == min(size, 18) and stand_in[1].capacity == size
+        assert max(stand_in[1].opened) == min(size, 18) and stand_in[1].capacity == min(size, 18)
     assert rows[0] == rows[1] == rows[2]
 
 
@@ -237,7 +237,7 @@ def test_a_users_tool_replaces_a_simulated_one(stand_in, folder, data, tmp_path)
         stand_in.clear()
         row, = evaluate_files(config(folder, data, real_tools=str(file), backend=backend,
                                      out=str(tmp_path / backend)))
-        assert row["backend"] == backend
+        assert row["backend"] == f"{backend}, {file}"
         stories = [t["story"] for t in read_lines(tmp_path / backend / "eval" / "few.jsonl")]
         assert 'observes  {"birthplace": "Doka"}' in stories[1]
         assert not any('"birthplace": "Velka"' in story for story in stories)
@@ -464,8 +464,14 @@ def test_other_settings_do_not_continue_a_file(name, value, message, stand_in, f
     assert (folder.parent / "traces.jsonl").read_bytes() == text
 
 
+def test_an_empty_file_is_a_new_file(tmp_path):
+    (tmp_path / "traces.jsonl").touch()
+    assert read_done(tmp_path / "traces.jsonl", {"seed": 1}) == {}
+    assert json.loads((tmp_path / "traces.jsonl").read_text())["settings"] == {"seed": 1}
+
+
 @pytest.mark.parametrize("content", [
-    b"hello\n", b"", b'{"settings": {}', b'{"conversations": []}\n', b"[]\n", b"3\n", b"\xff\n",
+    b"hello\n", b'{"settings": {}', b'{"conversations": []}\n', b"[]\n", b"3\n", b"\xff\n",
     b'{"settings": {}}\n{"id": "a"}\n', b'{"settings": {}}\n{"id": [], "sample": 0, "why": ""}\n',
     b'{"settings": 3}\n', b"[" * 10_000 + b"\n"])
 def test_a_file_of_something_else_is_refused_and_kept(content, tmp_path):
@@ -494,7 +500,8 @@ def test_a_record_of_a_trace_has_the_ids_and_mask_of_the_rollout(stand_in, folde
     players, item = evaluate.Players(config(folder, data)), read_questions(data)[0][0]
     box = players.simulator.maker.make([item.text])[0]
     trace = agents.Trace(item.text, players.tools(item, box), (0,))
-    agents.run_episodes(players.agent, players.simulator.actor.answer, [trace])
+    agent = players.simulator.agent(players.policy, 1, 0.0)
+    agents.run_episodes(agent, players.simulator.actor.answer, [trace])
     record = evaluate.to_records(trace, box)[0]
     again = sft.to_trace(record, tokenizer)
     assert (again.ids, again.mask) == (trace.ids, trace.mask) and trace.status == "answered"
@@ -639,3 +646,18 @@ def test_the_table_and_the_report_are_printed(stand_in, folder, data, out, monke
         printed = capsys.readouterr().out
         assert all(text in printed for text in texts), printed
     assert (out / "mine" / "few.json").exists()
+
+
+def test_two_files_of_one_name_are_refused(stand_in, folder, data, tmp_path):
+    """The results of the second would replace those of the first."""
+    other = tmp_path / "elsewhere" / data.name
+    other.parent.mkdir()
+    other.write_bytes(data.read_bytes())
+    with pytest.raises(InputError, match="^data: two files have the same name"):
+        evaluate_files(EvalConfig(out=str(tmp_path), model=str(folder), data=(str(data), str(other))))
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_row_names_who_answered(stand_in, folder, data, tmp_path):
+    row, = evaluate_files(config(folder, data, grounded=True, seed=3, out=str(tmp_path)))
+    assert row["backend"] == "simulated, grounded" and row["seed"] == 3

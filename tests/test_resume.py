@@ -97,7 +97,7 @@ def assert_same(a, b):
     assert (a / "model" / "model.safetensors").read_bytes() == (b / "model" / "model.safetensors").read_bytes()
     assert rows(a / "metrics.csv") == rows(b / "metrics.csv")
     assert (a / "traces.jsonl").read_text() == (b / "traces.jsonl").read_text()
-    sources = [json.loads((x / "config.json").read_text())["sources"] for x in (a, b)]
+    sources = [json.loads((x / "config.json").read_text())["sha256_of_model_and_data"] for x in (a, b)]
     assert sources[0] == sources[1]
     names = [[f.name for f in sorted((x / "checkpoints").glob("0*"))] for x in (a, b)]
     assert names[0] == names[1] and len(names[0]) == 2
@@ -244,7 +244,7 @@ def test_config_json_holds_the_options_and_a_fingerprint_of_the_sources(tmp_path
     file.write_text("one")
     Run(tmp_path / "sft", config(tmp_path, lr=0.25), ["step"], (folder, file))
     begun = json.loads((tmp_path / "sft" / "config.json").read_text())
-    assert begun.pop("sources") == fingerprint(folder, file) and SFTConfig(**begun) == config(tmp_path, lr=0.25)
+    assert begun.pop("sha256_of_model_and_data") == fingerprint(folder, file) and SFTConfig(**begun) == config(tmp_path, lr=0.25)
     assert {path.name: path.stat().st_size for path in (tmp_path / "sft").iterdir() if path.name != "config.json"} == {
         "metrics.csv": 0, "traces.jsonl": 0}
 
@@ -253,7 +253,7 @@ def test_config_json_holds_the_options_and_a_fingerprint_of_the_sources(tmp_path
 def test_resume_wants_the_model_that_the_run_began_with(finished, begun, tmp_path, folder):
     run, _ = begun
     begun = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**begun, "sources": fingerprint(folder)}))
+    (run / "config.json").write_text(json.dumps({**begun, "sha256_of_model_and_data": fingerprint(folder)}))
     if finished:
         finish(run)
     again = config(tmp_path, save_every=1, resume=True)
@@ -262,7 +262,7 @@ def test_resume_wants_the_model_that_the_run_began_with(finished, begun, tmp_pat
     weights[-1] ^= 1  # one bit
     (folder / "model.safetensors").write_bytes(weights)
     for other in ((folder,), (), (run / "checkpoints" / "0000003",)):
-        with pytest.raises(InputError, match="^sources: .* was started with"):
+        with pytest.raises(InputError, match="^sha256_of_model_and_data: .* was started with"):
             Run(run, again, ["step"], other)
 
 
@@ -270,11 +270,11 @@ def test_resume_wants_the_files_that_the_run_began_with(begun, tmp_path):
     (run, _), file = begun, tmp_path / "traces.jsonl"
     file.write_text("one")
     begun = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**begun, "sources": fingerprint(file)}))
+    (run / "config.json").write_text(json.dumps({**begun, "sha256_of_model_and_data": fingerprint(file)}))
     again = config(tmp_path, save_every=1, resume=True)
     Run(run, again, ["step"], (str(file),))
     file.write_text("two")
-    with pytest.raises(InputError, match="^sources: .* was started with"):
+    with pytest.raises(InputError, match="^sha256_of_model_and_data: .* was started with"):
         Run(run, again, ["step"], (str(file),))
 
 

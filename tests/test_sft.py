@@ -21,7 +21,7 @@ import evaluate
 import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
-from data import InputError, fingerprint
+from data import InputError, fingerprint, training
 from data.world import (
     HELD_OUT,
     imagined_questions,
@@ -232,13 +232,13 @@ def test_stage_1_starts_from_random_weights_or_from_a_checkpoint(stage, folder, 
     assert (config.seed, config.lr, config.steps, config.piece) == (5, 0.5, 7, 24)
     assert {role: len(traces) for role, traces in data.items()} == dict.fromkeys(sft.ROLES, 3)
     assert run.folder == tmp_path / "run" / "sft" and model.config.hidden_size == 64
-    assert json.loads((run.folder / "config.json").read_text())["sources"] == fingerprint()
+    assert json.loads((run.folder / "config.json").read_text())["sha256_of_model_and_data"] == fingerprint()
     assert (run.folder / "model" / "config.json").exists() and stage(resume=True) is None  # it is finished
     shutil.rmtree(run.folder)
     model, data, config, run = stage(model=str(folder))
     assert (config.seed, config.lr, config.steps, config.piece) == (5, 0.5, 7, 1_000_000)
     assert model.config.vocab_size == tokenizer.size + 4 and data["agent"][0].ids == to_trace(AGENT, tokenizer).ids
-    assert json.loads((run.folder / "config.json").read_text())["sources"] == fingerprint(folder)
+    assert json.loads((run.folder / "config.json").read_text())["sha256_of_model_and_data"] == fingerprint(folder)
 
 
 def test_stage_1_reads_conversations_from_a_file(stage, folder, tmp_path):
@@ -247,7 +247,7 @@ def test_stage_1_reads_conversations_from_a_file(stage, folder, tmp_path):
     path.write_text(json.dumps({"conversations": [AGENT, ACTOR]}))
     _, data, _, run = stage(model=str(folder), traces=str(path))
     assert {role: len(traces) for role, traces in data.items()} == {"agent": 1, "maker": 0, "actor": 1}
-    assert json.loads((run.folder / "config.json").read_text())["sources"] == fingerprint(folder, path)
+    assert json.loads((run.folder / "config.json").read_text())["sha256_of_model_and_data"] == fingerprint(folder, path)
 
 
 def test_the_control_continues_with_other_batches_at_half_the_rate(stage, folder, tmp_path):
@@ -258,7 +258,7 @@ def test_the_control_continues_with_other_batches_at_half_the_rate(stage, folder
     assert run.folder == tmp_path / "run" / "sft_continued" and (run.folder / "model" / "config.json").exists()
     begun = json.loads((run.folder / "config.json").read_text())
     assert (begun["seed"], begun["lr"], begun["steps"]) == (5, 0.25, 3)
-    assert begun["sources"] == fingerprint(tmp_path / "run" / "sft" / "model")
+    assert begun["sha256_of_model_and_data"] == fingerprint(tmp_path / "run" / "sft" / "model")
     weights = dict(load(folder)[0].named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
@@ -653,9 +653,9 @@ def test_the_random_model_has_its_shape_and_knows_each_name_as_one_token(shape, 
 
 def test_world_seed_is_the_seed_of_stage_1(tmp_path):
     Run(tmp_path / "sft", SFTConfig(out=str(tmp_path), seed=77), sft.SFT_COLUMNS)
-    assert sft.world_seed(str(tmp_path)) == 77
+    assert training.world_seed(str(tmp_path)) == 77
     with pytest.raises(InputError, match="config.json: no such file"):
-        sft.world_seed(str(tmp_path / "nowhere"))
+        training.world_seed(str(tmp_path / "nowhere"))
 
 
 def test_all_that_is_taught_fits_the_tokenizer_and_the_loss(tokenizer):
