@@ -417,7 +417,8 @@ def run_calls(traces: list[Trace], backend: Backend) -> None:
     Refused calls get an error. Tools with code are run. The backend, which is the ToolActor in
     training, answers all others in one batch.
     """
-    asked, requests = [], []
+    asked = []
+    requests = []
     for trace in traces:
         tools = {tool.name: tool for tool in trace.tools}
         for call in trace.turns[-1].calls:

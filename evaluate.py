@@ -51,7 +51,8 @@ def all_rows(out: Path, config: GRPOConfig, few: bool
             ("sft_shuffled", "sft", data.tools.shuffled(simulated)),
             ("grpo", "grpo", simulated), ("grpo_blanked", "grpo", data.tools.blanked),
             ("grpo_shuffled", "grpo", data.tools.shuffled(simulated)), ("grpo_real", "grpo", real)]
-    rows, traces = [majority(questions, held_out)], {}
+    rows = [majority(questions, held_out)]
+    traces = {}
     for name, model, backend in tqdm(plan, desc="rows", unit="row"):
         with nullcontext() if backend is real else world.sealed():
             agent = simulator.agent(models[model], len(held_out), 0.0)
@@ -253,12 +254,9 @@ class Players:
 
     def answered_by(self) -> str:
         """Who answers the calls, for the row of a result."""
-        config = self.config
-        if not config.tools:
-            return "none"
-        grounded = ", grounded" if config.grounded else ""
-        own = f", {config.real_tools}" if self.own else ""
-        return f"{config.backend}{grounded}{own}"
+        grounded = "grounded" if self.config.grounded else ""
+        parts = [self.config.backend, grounded, self.config.real_tools]
+        return ", ".join(part for part in parts if part) if self.config.tools else "none"
 
     def tools(self, item: Item, box: Toolbox) -> list[Tool]:
         """The ToolMaker's tools and the user's. A user's tool replaces one of the same name."""

@@ -197,7 +197,7 @@ def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
     """Share of useful calls. None without a call.
 
-    A call is useful if it is no repetition and one of its new values is the answer, or stands in
+    A call is useful if it is no repetition and one of its new values is the answer, or occurs in
     the arguments of a call in a later turn that is no repetition either.
     """
     useful = 0
@@ -226,7 +226,8 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
     parts = {name: part(trace, evidence) for name, part in PARTS.items()}
     applicable = [value for value in parts.values() if value is not None]
     consistency = sum(applicable) / len(applicable)
-    em = answer = 0.0
+    em = 0.0
+    answer = 0.0
     if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
         em = exact_match(trace.answer, golds)
         answer = em or config.partial * f1(trace.answer, golds)

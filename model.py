@@ -330,7 +330,8 @@ class CachePass:
 
     def __init__(self, cache: KVCache, new: Tensor, T: int):
         """new (B,): the number of real tokens in each row. The other columns are padding."""
-        B, device = len(new), new.device
+        B = len(new)
+        device = new.device
         columns = torch.arange(T, device=device)
         self.cache = cache
         self.new = new
@@ -352,7 +353,8 @@ class CachePass:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, K, T, Dh) without padding -> all keys and values so far (B, K, S, Dh)."""
         rows, cols = self.real
-        B, S = len(self.positions), self.mask.shape[-1]
+        B = len(self.positions)
+        S = self.mask.shape[-1]
         # Both sides are (real tokens, K, Dh).
         self.cache.k[layer, rows, :, self.slots] = k[rows, :, cols]
         self.cache.v[layer, rows, :, self.slots] = v[rows, :, cols]
@@ -503,7 +505,8 @@ class Sampler:
 
         Afterwards the conversations hold the first B cache rows; the states are in that order.
         """
-        B, device = len(conversations), self.model.device
+        B = len(conversations)
+        device = self.model.device
         wanted = set(conversations)
         others = [row for row in range(B) if self.rows[row] not in wanted]
         outside = [c.row for c in conversations if c.row >= B]  # as many as there are others

@@ -30,7 +30,8 @@ def option(default, meaning: str, **more):
 def validate(config) -> None:
     """InputError for a value not in `choices` or below `least`. The default least is above 0."""
     for f in fields(config):
-        value, least = getattr(config, f.name), f.metadata.get("least")
+        value = getattr(config, f.name)
+        least = f.metadata.get("least")
         choices = f.metadata.get("choices", (value,))
         if value not in choices:
             raise InputError(f"{f.name}: expected one of {', '.join(choices)}, found {value!r}")

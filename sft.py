@@ -187,7 +187,8 @@ def cut(traces: list[Trace], tokens: int, enough: int) -> list[Trace]:
     It learns this fast on a few dozen tokens, slowly on hundreds (sequence-length warm-up, Li et
     al. 2021).
     """
-    made, total = [], 0
+    made = []
+    total = 0
     for trace in traces:
         for begin, end in spans_of_ones(trace.mask):
             # From the end of the turn backwards. Pieces of a long turn overlap by half.
@@ -227,7 +228,8 @@ def curriculum(data: dict[str, list[Trace]], config: SFTConfig) -> Iterator[list
     rng = random.Random(f"batches {config.seed}")
     length = config.piece
     while True:
-        streams, whole = [], True
+        streams = []
+        whole = True
         for role in ROLES:
             traces = data[role]
             if not traces:
@@ -263,7 +265,8 @@ def train_step(model: Transformer, parts: list[list[Trace]], device: str
 
     A role's loss is the mean over its tokens. Each role has the same weight in the step.
     """
-    losses, tokens = [], 0
+    losses = []
+    tokens = 0
     for part in parts:
         total, number = masked_loss(model, part, device)
         (total / number / len(parts)).backward()
@@ -288,7 +291,8 @@ SFT_COLUMNS = ["step", "loss_agent", "loss_maker", "loss_actor", "heldout_agent"
 def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
         valid: dict[str, list[Trace]], config: SFTConfig, run: Run) -> None:
     """The loop of stage 1: batch, loss, step, log."""
-    device, steps = str(model.device), config.steps
+    device = str(model.device)
+    steps = config.steps
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     roles = [role for role in ROLES if data[role]]
     first = run.state["step"]  # above 0 if the run is resumed: its batches are skipped below

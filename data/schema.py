@@ -42,14 +42,16 @@ def object_schema(**properties: dict) -> dict:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-MAX_DEPTH, MAX_DESCRIPTION = 12, 1024
+MAX_DEPTH = 12
+MAX_DESCRIPTION = 1024
 # References could reach outside the schema. The others could take exponential time.
 FORBIDDEN = ("$ref", "$dynamicRef", "pattern", "patternProperties", "dependentSchemas")
 
 
 def check_function(function: dict, taken: set[str]) -> None:
     """Rejected unless name, description and parameters follow the rules. taken: names in use."""
-    name, description = function["name"], function["description"]
+    name = function["name"]
+    description = function["description"]
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise Rejected("bad tool name")
     if name in taken:

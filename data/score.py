@@ -78,7 +78,7 @@ def leaves(value: object) -> list:
 
 
 def holds(text: object, part: object) -> bool:
-    """Whether `part` stands in `text` as whole words, both after the scorer's normaliser."""
+    """Whether `part` occurs in `text` as whole words, both after the scorer's normaliser."""
     want = normalize(str(part))
     return bool(want) and f" {want} " in f" {normalize(str(text))} "
 

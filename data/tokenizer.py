@@ -41,7 +41,8 @@ class Tokenizer:
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Pieces -> ids. Adjacent texts are joined first: BPE may merge across their border."""
-        ids, text = [], ""
+        ids = []
+        text = ""
         for piece in pieces:
             if type(piece) is str:
                 text += piece

@@ -98,8 +98,7 @@ def guarded(function: Callable[..., object]) -> Callable[..., dict]:
     """Wrap a tool's code: an exception becomes an error observation, another value an object."""
     def run(*values: object, **arguments: object) -> dict:
         try:
-            text = json.dumps(function(*values, **arguments), ensure_ascii=False)
-            result = strict_json(text, most=100_000)
+            result = strict_json(json.dumps(function(*values, **arguments)), most=100_000)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:200]}
         return result if isinstance(result, dict) else {"result": result}
@@ -108,18 +107,19 @@ def guarded(function: Callable[..., object]) -> Callable[..., dict]:
 
 def utility(run: Callable, description: str, returns: dict, **properties: dict) -> dict:
     """The four parts of a utility tool and its code."""
-    return {"name": run.__name__, "description": description,
-            "parameters": object_schema(**properties), "returns": object_schema(**returns),
-            "run": guarded(run)}
+    parameters = object_schema(**properties)
+    return {"name": run.__name__, "description": description, "parameters": parameters,
+            "returns": object_schema(**returns), "run": guarded(run)}
 
 
-TEXT, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+TEXT = {"type": "string"}
+INTEGER = {"type": "integer"}
 UTILITIES = (
     utility(compare, "Pick the name with the smallest or largest value.", {"result": TEXT},
             names={"type": "array", "items": TEXT},
             values={"type": "array", "items": {"type": ["number", "string"]}},
             pick={"enum": ["smallest", "largest"]}),
-    utility(calculator, "Compute an expression.", {"result": NUMBER}, expression=TEXT),
+    utility(calculator, "Compute an expression.", {"result": {"type": "number"}}, expression=TEXT),
     utility(date_difference, "Days from start to end.", {"days": INTEGER}, start=TEXT, end=TEXT),
     utility(count, "Count the different items.", {"result": INTEGER}, items={"type": "array"}))
 
