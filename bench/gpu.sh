@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The comparison of rollout.py and the decode step's share of the copy bandwidth on one GPU, within nine minutes:
-#   bash bench/gpu.sh            needs requirements.txt and tests/requirements-peers.txt
-# What says most runs first; what the time doesn't suffice for is named and left out. The JSON lines go to gpu.jsonl.
-# Rehearsed on a CPU: SHAPES="tiny" ROWS="2 9" THREADS=1 bash bench/gpu.sh
+# On one GPU, within nine minutes: compare rollouts (rollout.py), and measure which share of the copy bandwidth a decode
+# step uses (floors.py). It needs requirements.txt and tests/requirements-peers.txt.
+#   bash bench/gpu.sh
+# The most informative runs come first. Runs that don't fit into the time are named and skipped. Results: gpu.jsonl.
+# Rehearsal on a CPU: SHAPES="tiny" ROWS="2 9" THREADS=1 bash bench/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 shapes=${SHAPES:-7b 0.5b 1.5b}

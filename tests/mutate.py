@@ -1,7 +1,7 @@
-"""Breaks the code one line at a time and demands that the named test turns red: python tests/mutate.py
+"""Break the code, one line at a time, and check that the named test fails: python tests/mutate.py
 
-mutations.txt holds a break a block: file, the text to replace (it must stand there once), what to put in its place,
-and the test that has to notice. The breaks are made in a copy; the working tree stays as it is."""
+mutations.txt holds one break per block: the file, the text to replace (it must occur there once), the replacement, and
+the test that has to fail. The breaks are made in a copy. The working tree stays as it is."""
 import os
 import shutil
 import subprocess
