@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
+from data import InputError
 from data.tokenizer import Tokenizer, train_tokenizer
 from data.training import ROLES, read_traces
 from data.world import make_world, teach
@@ -348,6 +349,9 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
     set_up(config)
     folder = Path(config.out) / "sft"
     source = Path(config.model) if config.model else None
+    if source and source.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"model: {source} lies where this run would be written; choose another "
+                         "--out")
     seed = config.seed
     if continued:  # the same conversations in other batches, with half the learning rate
         source = folder / "model"

@@ -30,7 +30,7 @@ import sft
 from agents import AutoAgent, ToolActor, ToolMaker
 from data.tokenizer import Tokenizer
 from model import Sampler, Transformer
-from run import pick_device
+from run import pick_device, set_up
 
 
 def best_of(work, device: str, times: int = 7) -> float:
@@ -244,7 +244,7 @@ def main() -> None:
     if options.pop("command") == "run":
         profile_run(mtr.RunConfig(**options))
     else:
-        torch.set_num_threads(options.pop("threads") or torch.get_num_threads())
+        set_up(SimpleNamespace(threads=options.pop("threads")))
         profile_step(**options)
 
 

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import ModelConfig, Sampler, Transformer
-from run import pick_device
+from run import pick_device, set_up
 
 SHAPES = {  # of Qwen2.5's config.json, of the miniature, and a tiny one for rehearsals
     "tiny": ModelConfig(300, 32, 64, 2, 4, 2, 2048, 1e-6, 1e6, True),
@@ -317,6 +317,7 @@ def main() -> None:
     parser.add_argument("--no-greedy-check", action="store_true",
                         help="do not compare greedy ids in float32 first")
     args = parser.parse_args()
+    set_up(SimpleNamespace(threads=0))
     small, device = args.shape in ("tiny", "miniature"), pick_device()
     questions, group = args.questions or (8 if small else 2), args.group or (8 if small else 4)
     few = 8 if small else 2

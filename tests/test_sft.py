@@ -670,3 +670,14 @@ def test_all_that_is_taught_fits_the_tokenizer_and_the_loss(tokenizer):
         assert tokenizer.decode(trace.ids) == text and trace.ids[-1] == tokenizer.end and trace.mask[-1] == 1
         assert trace.ids.count(tokenizer.control[START]) == trace.ids.count(tokenizer.end)
         assert sum(trace.mask) == sum(len(tokenizer.encode([*generated, agents.IM_END])) for generated, _ in turns)
+
+
+def test_a_model_inside_of_the_run_folder_is_refused(tmp_path, folder):
+    """The run would overwrite its config.json."""
+    (tmp_path / "sft").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "sft" / name).write_bytes((folder / name).read_bytes())
+    before = (tmp_path / "sft" / "config.json").read_bytes()
+    with pytest.raises(InputError, match="lies where this run would be written"):
+        sft.train_sft(SFTConfig(out=str(tmp_path), model=str(tmp_path / "sft")))
+    assert (tmp_path / "sft" / "config.json").read_bytes() == before
