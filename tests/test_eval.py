@@ -5,6 +5,7 @@ Then the whole chain (traces, sft, grpo, eval) on a tiny random model.
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -274,12 +275,15 @@ def test_a_run_sets_its_limits(stand_in, folder, data, out):
     assert len(list(out.glob("eval*/*.jsonl"))) == 2 and row["model"] == str(out)
     row, = evaluate_files(config(folder, data, model="", max_turns=3))
     assert row["calls"] == 7 / 6
+    (out / "grpo" / "config.json").write_text("{}")  # of an older version: the defaults hold
+    row, = evaluate_files(config(folder, data, model="", max_turns=None, name="other"))
+    assert row["calls"] == (7 + evaluate.LIMITS["max_turns"] - 3) / 6
 
 
 @pytest.mark.parametrize("backend", ["simulated", "real"])
 def test_the_held_out_sets_of_a_run(backend, monkeypatch, folder, tokenizer, out):
-    """The questions come from the run's world. With --backend real that world answers the calls;
-    with simulated tools any access to its facts raises.
+    """The questions come from the run's world. With --backend real that world answers the calls.
+    With simulated tools, any access to its facts raises while a model generates.
     """
     world = make_world(0)
     q = next(q for q in make_questions(world) if q.set == "hotpot" and q.kind == "composition")
@@ -287,11 +291,11 @@ def test_the_held_out_sets_of_a_run(backend, monkeypatch, folder, tokenizer, out
     observed = value if backend == "real" else "Nowhere"
 
     def script(context):
+        with nullcontext() if backend == "real" else pytest.raises(PermissionError):
+            assert players[0].world.real(relation, {"x": subject}) == {relation: value}
         if agents.MAKER_SYSTEM[:40] in context:
             return maker_text(json.dumps(tool_for(relation)))
         if agents.ACTOR_SYSTEM in context:
-            with pytest.raises(PermissionError):
-                players[0].world.real(relation, {"x": subject})
             return json.dumps({relation: "Nowhere"})
         parameter, = tool_for(relation)["parameters"]["properties"]
         if json.dumps({relation: observed}) in context:
@@ -415,6 +419,18 @@ def test_a_stopped_stage_0_goes_on_where_it_was(stand_in, folder, data, monkeypa
     asked = [q[0] for q in QUESTIONS]
     assert batches == [asked[:2], asked[2:4], asked[2:4], asked[4:]]
     assert make_traces(teacher(folder, data, rows=2)) == want and len(batches) == 4
+
+
+def test_another_content_of_the_tools_file_does_not_continue_a_file(stand_in, folder, data, tmp_path):
+    """The path alone does not say which tools were offered."""
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([BIRTHPLACE.schema]))
+    own = teacher(folder, data, real_tools=str(tools))
+    make_traces(own)
+    make_traces(own)
+    tools.write_text(json.dumps([BIRTHPLACE.schema], indent=1))
+    with pytest.raises(InputError, match="was begun with sources"):
+        make_traces(own)
 
 
 def test_more_samples_continue_the_file(stand_in, folder, data):

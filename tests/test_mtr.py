@@ -240,6 +240,28 @@ def test_a_finished_run_is_not_repeated_without_resume(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo", "sft_continued"])
+def test_leftovers_of_a_run_are_refused_before_the_first_stage(stage, tmp_path, capsys):
+    """Otherwise the run would stop at that stage, after minutes of training."""
+    (tmp_path / stage / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"/{stage}: holds a run; continue it with --resume"):
+        mtr.run_all(mtr.RunConfig(out=str(tmp_path), toy=True))
+    assert [path.name for path in tmp_path.iterdir()] == [stage] and not capsys.readouterr().out
+
+
+def test_a_finished_stage_is_not_prepared_again(run, monkeypatch):
+    """--resume skips it before it makes conversations or tools."""
+    def fail(*_, **__):
+        raise AssertionError("a finished stage was prepared")
+    monkeypatch.setattr(sft, "teach", fail)
+    monkeypatch.setattr(grpo.Simulator, "make_tools", fail)
+    shared = {"out": str(run[0]), "threads": 1, "resume": True}
+    config = sft.SFTConfig(**shared, **mtr.TOY_OPTIONS["sft"])
+    sft.train_sft(config)
+    sft.train_sft(config, continued=True)
+    grpo.train_grpo(grpo.GRPOConfig(**shared, **mtr.TOY_OPTIONS["grpo"]))
+
+
 def test_the_readme_has_the_two_commands():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in ("pip install -r requirements.txt && python mtr.py",
