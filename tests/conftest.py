@@ -7,14 +7,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sft
+from data.tokenizer import train_tokenizer
+from model import ModelConfig, Tokenizer, Transformer, save_model
+
 torch.set_num_threads(1)
 # A file that compares with a peer library is collected only if that library is installed (requirements-peers.txt).
 PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers"}
 collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.find_spec(peer)]
-
-import sft  # noqa: E402  (must follow the lines above)
-from data.tokenizer import train_tokenizer  # noqa: E402  (must follow the lines above)
-from model import ModelConfig, Tokenizer, Transformer, save_model  # noqa: E402  (must follow the lines above)
 
 
 @pytest.fixture(scope="session")

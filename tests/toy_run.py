@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import agents  # noqa: E402  (must follow the lines above)
-import grpo  # noqa: E402  (must follow the lines above)
-import run as run_file  # noqa: E402  (must follow the lines above)
-import sft  # noqa: E402  (must follow the lines above)
+import agents
+import grpo
+import run as run_file
+import sft
 
 STAGE, OUT = sys.argv[1], Path(sys.argv[2])
 DIE = os.environ.get("DIE", "none 0 0").split()
