@@ -561,17 +561,18 @@ WRONG = [(SFTConfig, name, value) for name, values in {
     "steps": (0, -1), "lr": (0.0, -1e-3, math.nan, math.inf), "clip_norm": (0.0,), "eval_every": (0,), "save_every": (0,),
     "piece": (0, 1), "piece_steps": (0,), "worlds": (0,), "agent_tokens": (0,), "maker_tokens": (0,), "actor_tokens": (0,),
     "threads": (-1,), "weight_decay": (-1.0, math.nan, math.inf), "warmup": (-1,), "continued_steps": (0,),
-    "seed": (-1, 10 ** 16)}.items() for value in values]
+    "seed": (-1, 10 ** 16), "shape": ("", "huge")}.items() for value in values]
 WRONG += [(GRPOConfig, name, value) for name, values in {
     "steps": (0, -1), "questions": (0,), "group": (1, 0, -3), "epochs": (0,), "minibatches": (0,),
-    "lr": (0.0, math.nan), "clip_norm": (0.0,), "beta": (-0.1,), "w_answer": (0.0, 0.2), "w_consistency": (0.0, -0.1),
+    "lr": (0.0, math.nan), "clip_norm": (0.0,), "loss": ("ppo", ""), "beta": (-0.1,), "w_answer": (0.0, 0.2), "w_consistency": (0.0, -0.1),
     "partial": (-0.1, 1.1, 1.0, 0.9), "temperature": (0.0, -1.0), "max_turns": (0,), "turn_tokens": (0,),
     "trace_tokens": (0,), "micro_tokens": (0,), "eval_every": (0,), "save_every": (0,), "threads": (-1,),
     "seed": (-1,)}.items() for value in values]
 WRONG += [(config, name, value) for config in (AgentConfig, EvalConfig, AskConfig) for name, values in {
     "seed": (-1,), "threads": (-1,), "temperature": (-0.1,), "max_turns": (0,), "turn_tokens": (0,),
     "trace_tokens": (-5,)}.items() for value in values]
-WRONG += [(RunConfig, "seed", -1), (RunConfig, "threads", -1), (EvalConfig, "rows", 0), (EvalConfig, "samples", 0)]
+WRONG += [(RunConfig, "seed", -1), (RunConfig, "threads", -1), (EvalConfig, "rows", 0), (EvalConfig, "samples", 0),
+          (EvalConfig, "backend", "live")]
 
 
 @pytest.mark.parametrize("config, field, value", WRONG,
@@ -592,6 +593,7 @@ class Numbers:
     unset: int | None = option(None, "no number")
     flag: bool = option(False, "no number")
     text: str = option("", "no number")
+    word: str = option("a", "one of two", choices=("a", "b"))
     files: tuple = option((), "no number")
 
 
@@ -605,7 +607,7 @@ class Numbers:
     ("zero", math.nan, "zero: expected a number of at least 0, found nan"),
     ("zero", 10 ** 16, "zero: expected a number of at least 0, found 10000000000000000"),
     ("two", 1, "two: expected a number of at least 2, found 1"),
-    ("unset", 0, "unset: expected a number above 0, found 0")])
+    ("unset", 0, "unset: expected a number above 0, found 0"), ("word", "c", "word: expected one of a, b, found 'c'")])
 def test_validate_names_field_bound_and_value(field, value, message):
     with pytest.raises(InputError) as error:
         run_file.validate(Numbers(**{field: value}))
@@ -614,7 +616,7 @@ def test_validate_names_field_bound_and_value(field, value, message):
 
 @pytest.mark.parametrize("options", [
     {}, {"positive": 1e-9}, {"positive": 1e15}, {"zero": 0}, {"zero": 10 ** 15}, {"two": 2}, {"unset": 1},
-    {"flag": True}, {"text": "-1"}, {"files": ("0",)}], ids=str)
+    {"flag": True}, {"text": "-1"}, {"word": "b"}, {"files": ("0",)}], ids=str)
 def test_validate_accepts_the_bounds_and_all_that_is_no_number(options):
     run_file.validate(Numbers(**options))
 
