@@ -12,9 +12,9 @@ from data.world import HELD_OUT, World, make_questions, mixed
 ROLES = ("agent", "maker", "actor")
 
 
-def read_traces(path: str, check: Callable[[dict], object]) -> tuple[dict, dict]:
+def read_traces(path: str, check: Callable[[dict], tuple]) -> tuple[dict, dict]:
     """The conversations of a file from mtr.py traces -> {role: records} for training, and for the
-    held-out loss. check(record) raises if a part is missing.
+    held-out loss. check(record) gives prompt and turns, and raises if a part is missing.
 
     Every twentieth question is held out. Equal conversations of different traces count once.
     """
@@ -23,7 +23,9 @@ def read_traces(path: str, check: Callable[[dict], object]) -> tuple[dict, dict]
     for number, line in enumerate(lines, 1):
         try:
             for record in json.loads(line)["conversations"]:  # none if the trace was not kept
-                check(record)
+                _, turns = check(record)
+                if not turns:
+                    raise ValueError("a conversation without turns")
                 if not isinstance(record.get("question", ""), str):
                     raise TypeError("the question is not a text")
                 records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)

@@ -178,7 +178,7 @@ def test_teach_gives_conversations_of_all_roles():
 
 @pytest.mark.parametrize("bad", [
     "{", "[]", '{"why": ""}', '{"conversations": [{"role": "judge"}]}', '{"conversations": [{"role": "actor", "tool": {"name": 1}}]}',
-    json.dumps({"conversations": [{**AGENT, "kind": "riddle"}]}), json.dumps({"conversations": [{**MAKER, "tools": None}]}),
+    json.dumps({"conversations": [{**AGENT, "kind": "riddle"}]}), json.dumps({"conversations": [{**AGENT, "turns": []}]}), json.dumps({"conversations": [{**MAKER, "tools": None}]}),
     json.dumps({"conversations": [{**ACTOR, "exchanges": []}]}), '{"conversations": [3]}'], ids=lambda bad: bad[:60])
 def test_read_traces_names_the_line_that_it_cannot_read(bad, tmp_path):
     path = tmp_path / "traces.jsonl"
