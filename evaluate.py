@@ -277,6 +277,9 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     the file that the official script reads (SET.predictions).
     """
     folder = Path(config.out) / config.name
+    taken = ("", "..", "sft", "grpo", "sft_continued", "heldout")
+    if "/" in config.name or config.name in taken:
+        raise InputError(f"name: expected a name that no part of a run has, found {config.name!r}")
     if folder.exists():
         raise InputError(f"{folder}: holds a result; remove it or choose another --name")
     read = [read_questions(file, config.skip_bad) for file in config.data]

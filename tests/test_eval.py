@@ -677,3 +677,10 @@ def test_two_files_of_one_name_are_refused(stand_in, folder, data, tmp_path):
 def test_a_row_names_who_answered(stand_in, folder, data, tmp_path):
     row, = evaluate_files(config(folder, data, grounded=True, seed=3, out=str(tmp_path)))
     assert row["backend"] == "simulated, grounded" and row["seed"] == 3
+
+
+@pytest.mark.parametrize("name", ["", "sft", "grpo", "heldout", "../x", "a/b"])
+def test_a_result_takes_no_name_of_a_part_of_the_run(stand_in, folder, data, tmp_path, name):
+    with pytest.raises(InputError, match="^name: expected a name"):
+        evaluate_files(config(folder, data, name=name, out=str(tmp_path)))
+    assert not (tmp_path.parent / "x").exists()
