@@ -18,7 +18,7 @@ from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.read import Item, read_questions, write_predictions, write_questions
 from data.score import exact_match, f1, holds, interval, normalize
-from data.training import read_done, world_seed
+from data.training import read_all, read_done, world_seed
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
 from data.world import tools_for as teachers_tools
 from grpo import GRPOConfig, Simulator, by_set, means, measure, score_heldout
@@ -335,10 +335,7 @@ def make_traces(config: TracesConfig) -> Counter:
     Returns how many were kept (key "") and why the others were not. Traces that the file already
     holds are not made again.
     """
-    items = []
-    for number, file in enumerate(config.data):
-        for item in read_questions(file, config.skip_bad)[0]:
-            items.append(replace(item, id=f"{number} {item.id}"))
+    items = read_all(config.data, config.skip_bad)
     path = Path(config.out)
     players = Players(config)
     settings = asdict(players.simulator.config)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import InputError, read_file, read_json
-from data.read import read_questions
+from data.read import Item, read_questions
 from data.world import HELD_OUT, World, make_questions, mixed
 
 ROLES = ("agent", "maker", "actor")
@@ -78,17 +78,20 @@ def world_seed(out: str) -> int:
     return seed
 
 
-def choose_questions(config, world: World) -> tuple[list[list], list]:
-    """The questions of each step of stage 2, and the held-out questions (config: a GRPOConfig).
+def read_all(files: tuple, skip_bad: bool) -> list[Item]:
+    """The questions of several files, with ids that are unique over all of them."""
+    items = []
+    for number, file in enumerate(files):
+        found, _ = read_questions(file, skip_bad)
+        items += [replace(item, id=f"{number} {item.id}") for item in found]
+    return items
 
-    They are Items of the files in config.data, or else Questions of the world.
-    """
+
+def choose_questions(config, world: World) -> tuple[list[list], list]:
+    """The questions of each step of stage 2, and the held-out questions (config: a GRPOConfig)."""
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
-        items = []
-        for number, file in enumerate(config.data):
-            for item in read_questions(file, config.skip_bad)[0]:
-                items.append(replace(item, id=f"{number} {item.id}"))  # unique over all files
+        items = read_all(config.data, config.skip_bad)
         if len(items) < 20:
             raise InputError(f"data: {len(items)} questions; at least 20 are needed, because every "
                              "twentieth is held out")
