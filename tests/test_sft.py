@@ -22,7 +22,7 @@ import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
 from data import InputError, fingerprint, training
-from data.prompts import LONG, SHORT
+from data.prompts import SHORT
 from data.world import (
     HELD_OUT,
     imagined_questions,
