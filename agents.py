@@ -59,7 +59,7 @@ def chat_turn(speaker: str, *content: str) -> list[str]:
 
 
 def own_text(text: str) -> list[str]:
-    """A text of this program. The tags of a call in it are control tokens."""
+    """Split a text of this program. The tags of a call become control tokens."""
     parts = re.split("(</?tool_call>)", text)
     return [Control(part) if part in (CALL_START, CALL_END) else part for part in parts]
 

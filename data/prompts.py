@@ -1,18 +1,18 @@
 """The system texts of the three roles, and the form of AutoAgent's turns.
 
-SHORT is for the miniature, which learns all forms in training: another text gives another model.
-LONG is for a real checkpoint. It shows one whole turn of each form, because nothing else does.
+SHORT is for the miniature, which learns every form in training: another text gives another model.
+LONG is for a checkpoint that was not trained here. It shows one whole turn of each form.
 """
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is told, and what its turns look like."""
+    """The texts that differ between the miniature and a real checkpoint."""
     agent: str    # system text of AutoAgent; the tags of a call in it are control tokens
-    maker: str    # system text of the ToolMaker; {kinds} stands for the kinds of questions
+    maker: str    # system text of the ToolMaker; {kinds} becomes the kinds of questions
     actor: str    # system text of the ToolActor
-    begin: str    # AutoAgent's turns begin with this text, which the program writes
+    begin: str    # the program begins each turn of AutoAgent with this text; its mask is 0
     thought: str  # form of a thought in stage 1
     answer: str   # form of an answer in stage 1
 
