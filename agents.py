@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -19,6 +19,7 @@ import numpy as np
 
 import data.tools
 from data import printable
+from data.prompts import CLOSED_BOOK, Prompts
 from data.schema import (
     Rejected,
     check_function,
@@ -41,9 +42,9 @@ IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
 CALL_START, CALL_END = Control("<tool_call>"), Control("</tool_call>")
 TOOLS_HEAD = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
               "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
-TOOLS_TAIL = ["\n</tools>\n\nFor each function call, return a json object with function name and "
-              "arguments within ", CALL_START, CALL_END, " XML tags:\n", CALL_START,
-              '\n{"name": <function-name>, "arguments": <args-json-object>}\n', CALL_END]
+TOOLS_TAIL = ("\n</tools>\n\nFor each function call, return a json object with function name and "
+              "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+              '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
 GENERATE = [IM_START, "assistant\n"]  # header of the turn that is generated next
 
 
@@ -57,12 +58,18 @@ def chat_turn(speaker: str, *content: str) -> list[str]:
     return [IM_START, f"{speaker}\n", *content, IM_END, "\n"]
 
 
+def own_text(text: str) -> list[str]:
+    """Split a text of this program. The tags of a call become control tokens."""
+    parts = re.split("(</?tool_call>)", text)
+    return [Control(part) if part in (CALL_START, CALL_END) else part for part in parts]
+
+
 def system_turn(text: str, schemas: list[dict] = ()) -> list[str]:
     """The system turn: instructions, then the schemas of the tools, if there are any."""
     if not schemas:
-        return chat_turn("system", text)
+        return chat_turn("system", *own_text(text))
     lines = ["\n" + dumps(schema) for schema in schemas]
-    return chat_turn("system", text, TOOLS_HEAD, *lines, *TOOLS_TAIL)
+    return chat_turn("system", *own_text(text + TOOLS_HEAD), *lines, *own_text(TOOLS_TAIL))
 
 
 def assistant_content(text: str, calls: list[dict]) -> list[str]:
@@ -85,24 +92,9 @@ def result_text(observation: dict) -> str:
     return dumps(observation).replace("<", "\\u003c")
 
 
-# ----------------------------------------------------------------------------------------- prompts
-# The miniature is trained with these texts: another text gives another model.
-
-AGENT_SYSTEM = ("Think inside <think></think>. Then call tools, or give the final answer, as "
-                "short as it can be, inside <answer></answer>.")
-MAKER_SYSTEM = ("Write the tools that help to answer the question. Think inside <think></think> "
-                "what has to be looked up. Then give the question's kind, one of {kinds}, inside "
-                "<kind></kind>. Then, inside <tools></tools>, one JSON object a line: name, "
-                "description, parameters and returns, the last two as JSON schemas.")
-# "returns" is a key of the tool's definition.
-ACTOR_SYSTEM = ("You play a tool. For each call give what the tool would return, one JSON object "
-                "that fits its schema returns, or an error.")
-SOURCE_HEAD = "All that this tool knows:"
-# The closed-book baseline: AutoAgent's turn begins with this text, so that it must answer at once.
-CLOSED_BOOK = "<think>I guess.</think>\n<answer>"
-
-
 # ------------------------------------------------------------------------------------------- tools
+
+SOURCE_HEAD = "All that this tool knows:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,17 +324,20 @@ class AutoAgent:
         self.temperature = temperature
 
     @staticmethod
-    def prompt(question: str, tools: list[Tool]) -> list[str]:
+    def prompt(prompts: Prompts, question: str, tools: list[Tool]) -> list[str]:
         """The prompt, up to the first token that the agent generates."""
-        schemas = [tool.schema for tool in tools]
-        return [*system_turn(AGENT_SYSTEM, schemas), *chat_turn("user", question), *GENERATE]
+        system = system_turn(prompts.agent, [tool.schema for tool in tools])
+        return [*system, *chat_turn("user", question), *GENERATE, prompts.begin]
 
     def start(self, traces: list[Trace], group: int = 1, closed_book: bool = False) -> None:
         """Open the traces. Each `group` consecutive traces have one prompt, prefilled once."""
-        self.prefix = CLOSED_BOOK if closed_book else ""
+        tokenizer = self.sampler.tokenizer
+        self.prompts = tokenizer.prompts
+        if closed_book:
+            self.prompts = replace(self.prompts, begin=CLOSED_BOOK)
         for i in range(0, len(traces), group):
-            prompt = self.prompt(traces[i].question, traces[i].tools)
-            ids = self.sampler.tokenizer.encode([*prompt, self.prefix])
+            prompt = self.prompt(self.prompts, traces[i].question, traces[i].tools)
+            ids = tokenizer.encode(prompt)
             for trace in traces[i:i + group]:
                 trace.hear(ids)
                 trace.status = "open" if len(ids) < self.trace_tokens else "truncated"
@@ -366,7 +361,7 @@ class AutoAgent:
                 trace.status = "truncated"
                 continue
             if ids[-1] == tokenizer.end:
-                parsed = parse_turn(self.prefix + tokenizer.decode(ids[:-1]))
+                parsed = parse_turn(self.prompts.begin + tokenizer.decode(ids[:-1]))
             else:
                 parsed = Turn(error="ends with another stop token than <|im_end|>")
             trace.turns.append(parsed)
@@ -380,7 +375,8 @@ class AutoAgent:
         for trace in traces:
             results = [result_text(call.observation) for call in trace.turns[-1].calls]
             # The newline after the agent's <|im_end|> is part of the template, but not sampled.
-            ids = self.sampler.tokenizer.encode(["\n", *results_turn(results), *GENERATE])
+            header = [*GENERATE, self.prompts.begin]
+            ids = self.sampler.tokenizer.encode(["\n", *results_turn(results), *header])
             full = len(trace.ids) + len(ids) >= self.trace_tokens
             if full or len(trace.turns) == self.max_turns:
                 trace.status = "truncated"
@@ -477,10 +473,10 @@ class ToolActor:
         self.remembered = 0  # calls that were in the memo, or repeated in one batch
 
     @staticmethod
-    def prompt(definition: str, arguments: dict) -> list[str]:
+    def prompt(prompts: Prompts, definition: str, arguments: dict) -> list[str]:
         """The prompt for one call."""
         request = f"{definition}\n{dumps(arguments)}"
-        return [*system_turn(ACTOR_SYSTEM), *chat_turn("user", request), *GENERATE]
+        return [*system_turn(prompts.actor), *chat_turn("user", request), *GENERATE]
 
     def answer(self, requests: list[Request]) -> list[dict]:
         """The observation of each request. Distinct requests are simulated in one batch.
@@ -491,8 +487,9 @@ class ToolActor:
         todo = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.memo}
         self.asked += len(keys)
         self.remembered += len(keys) - len(todo)
+        texts = self.sampler.tokenizer.prompts
         for attempt in range(self.TRIES):
-            prompts = [self.prompt(tool.definition, given) for tool, given in todo.values()]
+            prompts = [self.prompt(texts, tool.definition, given) for tool, given in todo.values()]
             replies = generate_replies(self.sampler, prompts, self.reply_tokens,
                                        temperature=0.0 if attempt == 0 else 1.0,
                                        keys=[(key, attempt) for key in todo])
@@ -549,10 +546,10 @@ class ToolMaker:
         self.reply_tokens = reply_tokens
 
     @staticmethod
-    def prompt(question: str, rejected: str = "") -> list[str]:
+    def prompt(prompts: Prompts, question: str, rejected: str = "") -> list[str]:
         """The prompt for one question, with the reason why an earlier try was rejected."""
         reason = f"\nRejected: {rejected}" if rejected else ""
-        system = system_turn(MAKER_SYSTEM.format(kinds=", ".join(KINDS)))
+        system = system_turn(prompts.maker.replace("{kinds}", ", ".join(KINDS)))
         return [*system, *chat_turn("user", question + reason), *GENERATE]
 
     @staticmethod
@@ -567,8 +564,9 @@ class ToolMaker:
         boxes = [Toolbox("composition", [FALLBACK], 0) for _ in questions]
         reasons = [""] * len(questions)
         todo = list(range(len(questions)))
+        texts = self.sampler.tokenizer.prompts
         for attempt in range(1, self.TRIES + 1):
-            prompts = [self.prompt(questions[i], reasons[i]) for i in todo]
+            prompts = [self.prompt(texts, questions[i], reasons[i]) for i in todo]
             replies = generate_replies(self.sampler, prompts, self.reply_tokens,
                                        temperature=0.0 if attempt == 1 else 1.0,
                                        keys=[(*key, questions[i], attempt) for i in todo])

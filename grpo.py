@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
+from data.prompts import LONG
 from data.score import exact_match, f1, holds, leaves, normalize, same, words
 from data.training import choose_questions, world_seed
 from data.world import Question, make_world
@@ -321,10 +322,9 @@ class Simulator:
         self.config = config
         self.model, self.tokenizer = load(folder, pick_device(), dtype)
         self.model.requires_grad_(False)
-        maker_tokens = 480  # the longest replies of the miniature
-        actor_tokens = 64
+        maker_tokens, actor_tokens = 480, 64  # the longest replies of the miniature
         slots = 160 + maker_tokens  # 160: its longest prompt
-        if long_prompts:
+        if long_prompts or self.tokenizer.prompts is LONG:
             maker_tokens = actor_tokens = max(480, config.turn_tokens)
             slots = min(self.model.config.max_position_embeddings,
                         config.trace_tokens + maker_tokens)

@@ -119,7 +119,8 @@ def ask(config: AskConfig) -> None:
     # The simulator is ToolMaker and ToolActor. With --model there is no world.
     simulator, policy, world = open_models(config, rows=1)
     agent = simulator.agent(policy, 1, config.temperature)
-    tokens = len(simulator.tokenizer.encode(AutoAgent.prompt(question, tools)))
+    tokenizer = simulator.tokenizer
+    tokens = len(tokenizer.encode(AutoAgent.prompt(tokenizer.prompts, question, tools)))
     if tokens >= agent.trace_tokens:
         raise InputError(f"question: its prompt has {tokens} tokens, but there is room for "
                          f"{agent.trace_tokens} per trace")
@@ -149,7 +150,7 @@ def ask(config: AskConfig) -> None:
         print("  the definitions of its tools leave no tokens to answer")
     elif not last.calls and last.answer is None:  # malformed or cut off
         length = trace.mask[::-1].index(0)  # the last turn is the run of ones at the end
-        print(f"  the turn  {simulator.tokenizer.decode(trace.ids[-length:])!r}")
+        print(f"  the turn  {tokenizer.decode(trace.ids[-length:])!r}")
 
 
 def eval_command(config: EvalConfig) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data import InputError
+from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
 from data.training import ROLES, read_traces
 from data.world import make_world, teach
@@ -126,45 +127,45 @@ def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
 Turns = list[tuple[list[str], list[str]]]  # per turn: what the role generates, what it receives
 
 
-def split_conversation(record: dict) -> tuple[list[str], Turns]:
+def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str], Turns]:
     """A recorded conversation -> its prompt and its turns."""
     if record["role"] == "agent":
-        return _agent_conversation(record)
+        return _agent_conversation(record, prompts)
     if record["role"] == "maker":
         tools = [Tool(**tool) for tool in record["tools"]]
         reply = ToolMaker.reply(record["thought"], record["kind"], tools)
-        return ToolMaker.prompt(record["question"], record["rejected"]), [([reply], [])]
+        prompt = ToolMaker.prompt(prompts, record["question"], record["rejected"])
+        return prompt, [([reply], [])]
     all_arguments, results = zip(*record["exchanges"], strict=True)
     received = []
     for arguments in all_arguments[1:]:
         call = agents.chat_turn("user", agents.dumps(arguments))
         received.append(["\n", *call, *agents.GENERATE])
     generated = [[agents.result_text(result)] for result in results]
-    prompt = ToolActor.prompt(Tool(**record["tool"]).definition, all_arguments[0])
+    prompt = ToolActor.prompt(prompts, Tool(**record["tool"]).definition, all_arguments[0])
     return prompt, list(zip(generated, [*received, []], strict=True))
 
 
-def _agent_conversation(record: dict) -> tuple[list[str], Turns]:
+def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turns]:
     """split_conversation for AutoAgent."""
     tools = [Tool(**tool) for tool in record["tools"]]
     tools += [agents.UTILITIES[name] for name in agents.KINDS[record["kind"]]]
     turns = []
     for turn in record["turns"]:
-        thought = f"<think>{turn['thought']}</think>"
+        thought = prompts.thought.format(turn["thought"]).removeprefix(prompts.begin)
         if "answer" in turn:
-            # Without the space, the small model's tokenizer would join ">" and the name. A space
-            # before a name stands alone (WORDS in data/tokenizer.py).
-            turns.append(([f"{thought}\n<answer> {turn['answer']}</answer>"], []))
+            turns.append(([thought, "\n", prompts.answer.format(turn["answer"])], []))
         else:
             results = [agents.result_text(observation) for observation in turn["observations"]]
-            received = ["\n", *agents.results_turn(results), *agents.GENERATE]
+            header = [*agents.GENERATE, prompts.begin]
+            received = ["\n", *agents.results_turn(results), *header]
             turns.append((agents.assistant_content(thought, turn["calls"]), received))
-    return AutoAgent.prompt(record["question"], tools), turns
+    return AutoAgent.prompt(prompts, record["question"], tools), turns
 
 
 def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     """A recorded conversation -> the Trace that a rollout of this text gives: same ids and mask."""
-    prompt, turns = split_conversation(record)
+    prompt, turns = split_conversation(record, tokenizer.prompts)
     trace = Trace(record.get("question", ""))
     trace.hear(tokenizer.encode(prompt))
     for generated, received in turns:

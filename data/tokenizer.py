@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
 from data import InputError, read_file, read_json
+from data.prompts import LONG, SHORT
 
 
 class Tokenizer:
@@ -37,6 +38,9 @@ class Tokenizer:
         for name in ("tokenizer_config.json", "chat_template.jinja"):
             if (folder / name).exists():
                 self.files[name] = read_file(folder / name)
+        path = folder / "tokenizer_config.json"
+        marked = path.exists() and read_json(path).get("mtr_prompts") == "short"
+        self.prompts = SHORT if marked else LONG  # a folder that we did not train has no mark
         self.stop_ids = {self.end, *_stop_ids(folder / "generation_config.json")}
 
     def encode(self, pieces: list[str]) -> list[int]:
@@ -103,7 +107,7 @@ def train_tokenizer(texts: list[str], size: int, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast",
               "chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"),
               "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_prefix_space": False,
-              "model_max_length": 4096}
+              "model_max_length": 4096, "mtr_prompts": "short"}
     stops = {"eos_token_id": [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]}
     for name, content in (("tokenizer_config.json", config), ("generation_config.json", stops)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

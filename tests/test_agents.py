@@ -37,6 +37,7 @@ from agents import (
     uniforms,
 )
 from data import InputError
+from data.prompts import SHORT
 from data.schema import check_schema, first_error, object_schema, strict_json
 from data.tokenizer import CHAT_TEMPLATE
 from data.tools import blanked, guarded, real, shuffled
@@ -765,7 +766,7 @@ def test_the_actor_prompt_holds_the_definition_and_the_call_and_no_more(tokenize
     actor, sampler = actor_of(tokenizer, lambda context: '{"birthplace": "Velka"}')
     assert actor.answer([(BIRTHPLACE, {"person": "Bo é"})]) == [{"birthplace": "Velka"}]
     assert contexts(sampler) == [
-        f"{START}system\n{agents.ACTOR_SYSTEM}{END}\n{START}user\n" '{"name": "birthplace", "description": '
+        f"{START}system\n{SHORT.actor}{END}\n{START}user\n" '{"name": "birthplace", "description": '
         '"Where a person was born.", "parameters": {"type": "object", "properties": {"person": {"type": '
         '"string"}}, "required": ["person"]}, "returns": {"type": "object", "properties": {"birthplace": '
         '{"type": "string"}}, "required": ["birthplace"]}}'
@@ -963,7 +964,7 @@ EPISODES = {  # the turns of the agent, the observations between them
 
 def opening(question="Where was Bo born?", tools=(BIRTHPLACE, COUNTRY)):
     lines = "".join("\n" + json.dumps(tool.schema, ensure_ascii=False) for tool in tools)
-    head = f"{START}system\n{agents.AGENT_SYSTEM}{HEAD}{lines}{TAIL}"
+    head = f"{START}system\n{SHORT.agent}{HEAD}{lines}{TAIL}"
     return f"{head}{START}user\n{question}{END}\n{START}assistant\n"
 
 

@@ -208,7 +208,7 @@ def test_a_question_longer_than_the_context_is_refused(folder, tmp_path, ask, mo
     tokenizer, made = Tokenizer(folder), evaluate.load_tools(tools)
 
     def tokens(n):
-        return len(tokenizer.encode(agents.AutoAgent.prompt("?" * n, made)))
+        return len(tokenizer.encode(agents.AutoAgent.prompt(tokenizer.prompts, "?" * n, made)))
     n = room - tokens(1) + 1
     while tokens(n) < room:
         n += 1

@@ -20,6 +20,7 @@ import run as run_file
 import sft
 from agents import Tool, Toolbox, ToolMaker
 from data import InputError, fingerprint
+from data.prompts import SHORT
 from data.read import Item, read_questions
 from data.training import read_done, read_traces
 from data.world import HELD_OUT, make_questions, make_world, tool_for
@@ -52,10 +53,10 @@ def replies(context):
     question and on whether the context holds an observation.
     """
     question = next((q for q in QUESTIONS if q[0] in context), None)
-    if context.startswith("<|im_start|>system\n" + agents.ACTOR_SYSTEM):
+    if context.startswith("<|im_start|>system\n" + SHORT.actor):
         assert question is None, "the ToolActor was told the question"
         return json.dumps({"birthplace": "Velka"})
-    if agents.MAKER_SYSTEM[:40] in context:
+    if SHORT.maker[:40] in context:
         return maker_text(BIRTHPLACE.definition)
     if context.endswith(agents.CLOSED_BOOK):
         return f" {question[1] if question[1] in ('yes', 'Ed') else 'x'}</answer>"
@@ -194,7 +195,7 @@ def test_batches_of_any_size_give_the_same_row(stand_in, folder, data):
                                      name=f"eval{size}"))
         rows.append({name: value for name, value in row.items() if name != "seconds"})
         maker = [stand_in[0].tokenizer.decode(ids) for ids in stand_in[0].before]
-        assert sum(agents.MAKER_SYSTEM[:40] in text for text in maker) == len(QUESTIONS)
+        assert sum(SHORT.maker[:40] in text for text in maker) == len(QUESTIONS)
         assert max(stand_in[1].opened) == min(size, 18) and stand_in[1].capacity == min(size, 18)
     assert rows[0] == rows[1] == rows[2]
 
@@ -212,7 +213,7 @@ def test_only_the_toolactor_reads_the_paragraphs(stand_in, folder, data):
         stand_in.clear()
         row, = evaluate_files(config(folder, data, grounded=grounded, name=f"eval{grounded}"))
         simulator, agent = ([s.tokenizer.decode(ids) for ids in s.before] for s in stand_in)
-        asked = [text for text in simulator if agents.ACTOR_SYSTEM in text]
+        asked = [text for text in simulator if SHORT.actor in text]
         assert len(asked) == 4 and all(("T: canary" in text) == grounded for text in asked)
         assert not any("canary" in text for text in agent)
 
@@ -224,7 +225,7 @@ def test_equal_ids_in_two_files_are_two_questions(stand_in, folder, data, tmp_pa
     few, more = evaluate_files(config(folder, data, data=(str(data), str(other))))
     assert (few["set"], more["set"]) == ("few", "other") and few["em"] == more["em"] == 3 / 6
     asked = [stand_in[0].tokenizer.decode(ids) for ids in stand_in[0].before]
-    asked = [text for text in asked if agents.MAKER_SYSTEM[:40] in text]
+    asked = [text for text in asked if SHORT.maker[:40] in text]
     assert len(asked) == 12 and sum("Tell me: " in text for text in asked) == 4
 
 
@@ -293,9 +294,9 @@ def test_the_held_out_sets_of_a_run(backend, monkeypatch, folder, tokenizer, out
     def script(context):
         with nullcontext() if backend == "real" else pytest.raises(PermissionError):
             assert players[0].world.real(relation, {"x": subject}) == {relation: value}
-        if agents.MAKER_SYSTEM[:40] in context:
+        if SHORT.maker[:40] in context:
             return maker_text(json.dumps(tool_for(relation)))
-        if agents.ACTOR_SYSTEM in context:
+        if SHORT.actor in context:
             return json.dumps({relation: "Nowhere"})
         parameter, = tool_for(relation)["parameters"]["properties"]
         if json.dumps({relation: observed}) in context:

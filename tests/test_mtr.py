@@ -22,6 +22,7 @@ import report
 import run as run_file
 import sft
 from data import InputError
+from data.prompts import SHORT
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from data.world import HELD_OUT, make_questions, make_world, tools_for, write_sample
 from model import load
@@ -164,7 +165,7 @@ def test_the_chat_template_is_saved_with_the_checkpoint(run):
     folder = run[0] / "grpo" / "model"
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["chat_template"] == CHAT_TEMPLATE.read_text(encoding="utf-8")
-    assert Tokenizer(folder).stop_ids
+    assert Tokenizer(folder).stop_ids and Tokenizer(folder).prompts is SHORT
 
 
 # ---------------------------------------------------------------------------- command line, README

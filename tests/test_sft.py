@@ -22,6 +22,7 @@ import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
 from data import InputError, fingerprint, training
+from data.prompts import SHORT
 from data.world import (
     HELD_OUT,
     imagined_questions,
@@ -67,7 +68,7 @@ AGENT_SAYS = [
     '"values": [1815, 1790], "pick": "smallest"}}\n</tool_call><|im_end|>',
     "<think>Ada it is.</think>\n<answer> Ada</answer><|im_end|>"]
 AGENT_HEARS = [
-    f"<|im_start|>system\n{agents.AGENT_SYSTEM}{HEAD}\n{SCHEMA}\n{COMPARE_SCHEMA}{TAIL}"
+    f"<|im_start|>system\n{SHORT.agent}{HEAD}\n{SCHEMA}\n{COMPARE_SCHEMA}{TAIL}"
     "<|im_start|>user\nWho was born earlier, Bo or Ada?<|im_end|>\n<|im_start|>assistant\n",
     '\n<|im_start|>user\n<tool_response>\n{"birth_year": 1815}\n</tool_response>\n<tool_response>\n'
     '{"error": "none \\u003cfound>"}\n</tool_response><|im_end|>\n<|im_start|>assistant\n',
@@ -79,13 +80,13 @@ MAKER = {"role": "maker", "question": "Who was born earlier, Bo or Ada?", "thoug
 MAKER_SAYS = ["<think>I need the birth year.</think>\n<kind>comparison</kind>\n<tools>\n" + DEFINITION +
               "\n" + DEFINITION.replace('"name": "birth_year"', '"name": "f"') + "\n</tools><|im_end|>"]
 KINDS = "composition, inference, comparison, arithmetic"
-MAKER_HEARS = [f"<|im_start|>system\n{agents.MAKER_SYSTEM.format(kinds=KINDS)}<|im_end|>\n<|im_start|>user\n"
+MAKER_HEARS = [f"<|im_start|>system\n{SHORT.maker.format(kinds=KINDS)}<|im_end|>\n<|im_start|>user\n"
                "Who was born earlier, Bo or Ada?\nRejected: not JSON<|im_end|>\n<|im_start|>assistant\n"]
 
 ACTOR = {"role": "actor", "tool": BIRTH_YEAR, "exchanges": [
     [{"person": "Bo"}, {"birth_year": 1815}], [{"person": "é"}, {"error": "no birth year found"}]]}
 ACTOR_SAYS = ['{"birth_year": 1815}<|im_end|>', '{"error": "no birth year found"}<|im_end|>']
-ACTOR_HEARS = [f"<|im_start|>system\n{agents.ACTOR_SYSTEM}<|im_end|>\n<|im_start|>user\n"
+ACTOR_HEARS = [f"<|im_start|>system\n{SHORT.actor}<|im_end|>\n<|im_start|>user\n"
                f"{DEFINITION}\n" '{"person": "Bo"}<|im_end|>\n<|im_start|>assistant\n',
                '\n<|im_start|>user\n{"person": "é"}<|im_end|>\n<|im_start|>assistant\n']
 
