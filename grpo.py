@@ -33,7 +33,7 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,21 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.score import exact_match, f1, holds, leaves, normalize, same, words
+from data.evidence import (
+    STOP,
+    arguments,
+    content,
+    is_grounded,
+    leaves,
+    names,
+    near,
+    numbers,
+    observed,
+    starts,
+    tokens,
+    topics,
+)
+from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
@@ -110,122 +124,170 @@ class GRPOConfig:
 
 
 # ------------------------------------------------------------------------------------------ reward
-# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the parts below.
+# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the five parts.
+# docs/reward.md explains each part by examples.
 
 
 @dataclass
 class Evidence:
-    """One call as the reward sees it."""
+    """One call as the reward sees it. Its words are tokens (see data/evidence.py)."""
     call: Call
-    turn: int             # index of its turn
-    own: set[str]         # the words of its arguments and of their names
-    grounded: list[bool]  # for each value in the arguments: does it occur in a source?
-    values: list          # the values in its observation; [] if the call failed
-    new: list             # of these, the values that its arguments do not hold
-    repeated: bool        # an equal call came before
+    turn: int                # index of its turn
+    repeated: bool           # an equal call came before
+    grounded: list[bool]     # for each argument: was it told before?
+    own: set[str]            # the words of its arguments
+    topics: list[list[str]]  # each name and number in its arguments
+    told: list[str]          # the words of its observation; [] if it is no evidence
+    new: set[str]            # of these, the words that neither question nor arguments hold
 
 
 def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. Sources are the question and earlier turns' observations."""
-    properties = {tool.name: tool.parameters["properties"] for tool in trace.tools}
+    """The evidence of each call. Sources are the question and the observations before its turn."""
+    tools = {tool.name: tool for tool in trace.tools}
+    sources = [tokens(trace.question)]
     evidence: list[Evidence] = []
     seen: set[str] = set()
-    sources = [trace.question]
     for number, turn in enumerate(trace.turns):
-        found = []
+        first = len(evidence)
         for call in turn.calls:
-            schemas = properties.get(call.name, {})
-            # A value that is picked from an enum needs no source.
-            free = {k: v for k, v in call.arguments.items() if "enum" not in schemas.get(k, {})}
-            grounded = [in_sources(value, sources) for value in leaves(free)]
-            names = re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False))
-            own = words(*leaves(call.arguments), *names)
-            values = leaves(call.observation) if call.succeeded else []
-            # The result of a utility is new, even if it is an argument: compare() picks one.
-            computed = call.name in UTILITIES and all(grounded)
-            new = [value for value in values if computed or not words(value) <= own]
+            tool = tools.get(call.name)
+            given = arguments(call.arguments, tool.parameters if tool else {})
+            known = starts(chain(*sources, tokens(tool.definition if tool else "")))
+            grounded = [is_grounded(value, sources, known) for value in given]
+            own = set(chain(*map(tokens, [*given, *leaves(call.arguments)])))
+            about = list(chain(*map(topics, given)))
+            told = observed(call.observation) if is_evidence(call, given, grounded, sources) else []
+            # A word that the agent brought up itself is no evidence when the tool repeats it.
+            told = [word for word in told if word not in own or word[:5] in known]
+            new = set(told) - set(sources[0]) - own
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
-            evidence.append(Evidence(call, number, own, grounded, values, new, signature in seen))
+            evidence.append(Evidence(call, number, signature in seen, grounded, own, about, told,
+                                     new))
             seen.add(signature)
-            found += values
-        sources = sources + found
+        sources = sources + [e.told for e in evidence[first:]]
     return evidence
 
 
-def in_sources(value: object, sources: list) -> bool:
-    """Whether a source holds a value. For "3 * (4 + 5)", sources must hold all its numbers."""
-    if any(holds(source, value) for source in sources):
-        return True
-    if re.search(r"[^\W\d_]", str(value)):  # a letter
+def is_evidence(call: Call, given: list, grounded: list[bool], sources: list[list[str]]) -> bool:
+    """Whether an observation may support an answer: its arguments were told, or only stop words.
+
+    A utility's result counts if at least two different inputs were told. compare and count need
+    inputs that were looked up, and count needs them from one observation.
+    """
+    plain_words = [set(tokens(value)) <= STOP for value in given]
+    if not call.succeeded or not all(map(any, zip(grounded, plain_words, strict=True))):
         return False
-    numbers = re.findall(r"\d+(?:\.\d+)?", str(value))
-    return bool(numbers) and all(any(holds(s, number) for s in sources) for number in numbers)
+    if call.name not in UTILITIES:
+        return True
+    if call.name == "calculator":
+        inputs = numbers(call.arguments["expression"])
+    elif call.name == "date_difference":
+        inputs = given
+    else:
+        inputs = call.arguments["values" if call.name == "compare" else "items"]
+        sources = sources[1:]
+    inputs = {tuple(tokens(value)) for value in inputs}
+    if call.name == "count":
+        return len(inputs) > 1 and any(set(chain(*inputs)) <= set(source) for source in sources)
+    return len(inputs) > 1 and all(any(set(i) <= set(s) for s in sources) for i in inputs)
+
+
+def plain_number(token):
+    return re.fullmatch(r"-?[\d.]+", token)
+
+
+def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
+    """The calls whose observations support the answer."""
+    answer = content(trace.answer)
+    lookups = [e for e in evidence if e.new and not e.repeated]
+    if not normalize(trace.answer) and tokens(trace.answer) not in names(trace.question):
+        return []
+    for e in evidence:
+        if e.call.name in UTILITIES and e.told and set(content(trace.answer)) == set(e.told):
+            return [e]
+    if normalize(trace.answer) in ("yes", "no") or set(answer) <= set(tokens(trace.question)):
+        return compared(trace, lookups)
+    whole = set(tokens(trace.question))
+    # The result of a long text for the whole question holds many possible answers.
+    lookups = [e for e in lookups if len(e.told) <= 12 or len(whole & e.own) < 0.8 * len(whole)]
+    for parts in ([answer], map(content, re.split(r"[,;&]|\band\b", trace.answer))):
+        found = [[e for e in lookups if near(part, e.told) and not set(part) <= e.own]
+                 for part in parts]
+        if all(found):
+            return list(chain(*found))
+    # A number may be the difference of two numbers that were looked up.
+    for a, b in combinations(lookups, 2) if numbers(trace.answer) == answer else ():
+        pairs = product(filter(plain_number, a.told), filter(plain_number, b.told))
+        if any(tokens(abs(float(x) - float(y))) == answer for x, y in pairs):
+            return compared(trace, lookups)
+    return []
+
+
+def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups, if they are about at least two of the things that the question names."""
+    things = names(trace.question) or [[word] for word in content(trace.question)]
+    about = set()
+    for e in lookups:
+        shares = [len(e.own & set(thing)) / len(thing) for thing in things]
+        if max(shares) >= 0.5:
+            about.add(shares.index(max(shares)))
+        elif about and e.topics:
+            about.add("what these told")
+    alone = len(things) == 1 and normalize(trace.answer) in ("yes", "no")
+    return lookups if len(about) >= (1 if alone else 2) else []
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
-    """Always 1, because reward() returns early for a trace that breaks the grammar."""
-    return 1.0
+    """(1 + turns in strict grammar) / (1 + turns)."""
+    strict = [turn for turn in trace.turns if not turn.departures]
+    return (1 + len(strict)) / (1 + len(trace.turns))
 
 
-def reward_valid(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """1 / (1 + number of refused calls). None without a call."""
-    refused = [e for e in evidence if e.call.error is not None]
-    return 1 / (1 + len(refused)) if evidence else None
+def reward_valid(trace: Trace, evidence: list[Evidence]) -> float:
+    """1 / (1 + number of refused calls)."""
+    return 1 / (1 + sum(e.call.error is not None for e in evidence))
 
 
-def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of the arguments that are grounded. Repeated calls don't count. None without any."""
-    grounded = list(chain.from_iterable(e.grounded for e in evidence if not e.repeated))
-    return sum(grounded) / len(grounded) if grounded else None
+def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float:
+    """Share of the arguments that are grounded. Repeated calls don't count."""
+    grounded = list(chain(*[e.grounded for e in evidence if not e.repeated]))
+    return sum(grounded) / len(grounded) if grounded else reward_valid(trace, evidence)
 
 
 def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
-    """1 if an observation holds the answer and the arguments of its call don't, or if a utility
-    computed it from grounded arguments; else 0.
+    """1 if observations support the answer, else 0."""
+    return float(bool(supporting(trace, evidence)))
+
+
+def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
+    """Share of the calls that are of use.
+
+    A call is of use if it supports the answer, or if something new that it told stands in the
+    arguments of a call in a later turn, whose observation is evidence.
     """
+    useful = supporting(trace, evidence)
     for e in evidence:
-        if e.call.name in UTILITIES:
-            if all(e.grounded) and any(same(value, trace.answer) for value in e.values):
-                return 1.0
-            continue
-        found = any(holds(value, trace.answer) for value in e.values)
-        if found and not words(trace.answer) <= e.own:
-            return 1.0
-    return 0.0
-
-
-def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of useful calls. None without a call.
-
-    A call is useful if it is no repetition and one of its new values is the answer, or occurs in
-    the arguments of a call in a later turn that is no repetition either.
-    """
-    useful = 0
-    for e in evidence:
-        later = []
-        for other in evidence:
-            if other.turn > e.turn and not other.repeated:
-                later += leaves(other.call.arguments)
-        is_answer = any(same(value, trace.answer) for value in e.new)
-        is_used = any(holds(text, value) for text, value in product(later, e.new))
-        if (is_answer or is_used) and not e.repeated:
-            useful += 1
-    return useful / len(evidence) if evidence else None
+        later = [other for other in evidence if other.turn > e.turn and other.told]
+        topics = chain(*[other.topics for other in later if not other.repeated])
+        used = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in topics)
+        if used and not e.repeated and e not in useful:
+            useful.append(e)
+    return len(useful) / len(evidence) if evidence else 0.0
 
 
 PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_arguments,
          "support": reward_support, "economy": reward_economy}
 
 
-def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float | None]:
-    """The reward and its parts. A part that does not apply is None and left out of the mean."""
+def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float]:
+    """The reward and its parts. A trace without a useful call earns only grammar and support."""
     if trace.status != "answered":
-        zeros = dict.fromkeys(("reward", "em", "answer", "consistency"), 0.0)
-        return {**zeros, **dict.fromkeys(PARTS), "grammar": 0.0}
+        return dict.fromkeys(("reward", "em", "answer", "consistency", *PARTS), 0.0)
     evidence = collect_evidence(trace)
     parts = {name: part(trace, evidence) for name, part in PARTS.items()}
-    applicable = [value for value in parts.values() if value is not None]
-    consistency = sum(applicable) / len(applicable)
+    if parts["economy"] == 0:
+        parts["valid"] = parts["arguments"] = 0.0
+    consistency = sum(parts.values()) / len(parts)
     em = 0.0
     answer = 0.0
     if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
