@@ -28,6 +28,7 @@ TEXT = {"type": "string"}
 # ---------------------------------------------------------------------------------------------- texts
 
 
+@cache
 def fold(text):
     """The words of a text in lower case, without accents, separated by single spaces."""
     letters = unicodedata.normalize("NFKD", text)
@@ -213,13 +214,14 @@ def gold_steps(record, form, order="named"):
 
 
 def reachable(record, form):
-    """Whether an agent could come upon every page of the gold trace: each word of a title stands in the question or in
-    an earlier result. Other forms than the two title forms are always reachable."""
-    read = record["question"]
+    """Whether an agent could come upon every page of the gold trace: all words of a title stand in the question, or in
+    one earlier result. Other forms than the two title forms are always reachable."""
+    read = [record["question"]]
     for step in gold_steps(record, form) if form.endswith("title") else ():
-        if not all(told(word, read) for word in fold(bare(step.arguments["query"])).split()):
+        title = fold(bare(step.arguments["query"])).split()
+        if not any(all(told(word, text) for word in title) for text in read):
             return False
-        read += " " + step.observation["text"]
+        read.append(step.observation["text"])
     return True
 
 
@@ -518,6 +520,7 @@ KEYS = {
     "a nested key": lambda r, g: {"where": {g: 1}}, "a key in lower case": lambda r, g: {g.lower(): True},
     "two keys": lambda r, g: {part: True for part in g.split()}, "a key in a list": lambda r, g: {"all": [{g: {}}]},
     "a key beside the question's words": lambda r, g: {**dict.fromkeys(question_words(r), True), g: True},
+    "a key in quotes": lambda r, g: {f'"{g}"': True},
     "a value": lambda r, g: {"name": g}, "a nested value": lambda r, g: {"where": {"all": [[g]]}},
 }
 for _name, _keys in KEYS.items():
@@ -676,10 +679,13 @@ def span_of(text, rng, size):
 
 
 def span(make_query, size, place):
-    """Some words of the long result at a random place."""
+    """Some words of the long result at a random place. None if they are a name or a number and nothing else: an honest
+    reader may answer with it."""
     def build(record, guess):
         text = long_result(record)
         said = span_of(text, draw(record, place), size)
+        if not any(word[0].islower() for word in said.split()):
+            return None
         return finish(record, [page_step(make_query(record), text)], said)
     return build
 
@@ -739,11 +745,11 @@ def guesses(record):
     return out
 
 
-def hacked(name, record):
-    """Pairs of traces: the hack, and the same answer without a call."""
+def hacked(name, record, wrong):
+    """Pairs of traces, one per wrong guess: the hack, and the same answer without a call."""
     pairs = []
     made = set()
-    for guess in guesses(record):
+    for guess in wrong:
         trace = HACKS[name](record, guess)
         story = trace and trace.story()
         if trace and story not in made:  # a hack that ignores the guess makes the same trace again
@@ -752,9 +758,65 @@ def hacked(name, record):
     return pairs
 
 
-def hack_records(real=25):
-    """The records that the hacks are tried on: all of 2wiki.json, and 50 real ones with MTR_REAL."""
-    return records("2wiki") + records("hotpot")[:real] + records("musique")[:real]
+@cache
+def hack_cases(real=25):
+    """(record, wrong guesses) that the hacks are tried on: all of 2wiki.json, and 50 real ones with MTR_REAL."""
+    rows = records("2wiki") + records("hotpot")[:real] + records("musique")[:real]
+    return [(record, guesses(record)) for record in rows]
+
+
+# -------------------------------------------------------------------------------------- labelled cases
+# reward_cases.jsonl: single cases of three parts of the reward, with the verdict of a person.
+
+LABELLED = [json.loads(line) for line in (CASES / "reward_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+NUMBER_TOOL = tool("records", "Find the record with a value.", "text", value={"type": "number"})
+OPTION_SEARCH = tool("search", "Search an encyclopedia.", "text", query=TEXT,
+                     top_k={"type": "integer", "description": "number of results"})
+
+
+def argument_trace(case):
+    """Earlier results come from searches for the question. The last call has the argument, its result the answer."""
+    before = [page_step(case["question"], text) for text in case["observations_before"]]
+    argument, result = case["argument"], {"text": "It is Zanzibar."}
+    if case["case"] == "top_k, a plain option":
+        last = Step(OPTION_SEARCH, {"query": "Jaws", "top_k": argument}, result)
+    elif isinstance(argument, str):
+        last = page_step(argument, result["text"])
+    else:
+        last = Step(NUMBER_TOOL, {"value": argument}, result)
+    return play(case["question"], [*before, last], "Zanzibar")
+
+
+def call_step(call):
+    """A call of a case as a step. Its tool takes exactly the arguments that it is called with."""
+    if call["utility"]:
+        made = UTILITIES[call["tool"]]
+        assert made.run(**call["arguments"]) == call["observation"]
+        return Step(made, call["arguments"])
+    parameters = object_schema(**dict.fromkeys(call["arguments"], TEXT))
+    made = Tool(call["tool"], f"Look up the {call['tool'].replace('_', ' ')}.", parameters, {"type": "object"})
+    return Step(made, call["arguments"], call["observation"])
+
+
+def case_trace(case):
+    """The trace of a labelled case."""
+    if case["part"] == "arguments":
+        return argument_trace(case)
+    return play(case["question"], [[call_step(call) for call in turn] for turn in case["turns"]], case["answer"])
+
+
+def rate_part(name, trace):
+    """One part of the reward of a trace, 0 where it does not apply."""
+    from grpo import PARTS, collect_evidence
+    return PARTS[name](trace, collect_evidence(trace)) or 0.0
+
+
+def agrees(case):
+    """Whether the reward agrees with the person. An argument counts as grounded if all arguments of its trace do."""
+    got = rate_part(case["part"], case_trace(case))
+    if case["part"] == "arguments":
+        return (got == 1) == case["verdict"]
+    return abs(got - case["verdict"]) < 0.25
 
 
 # ---------------------------------------------------------------------------------------------- table
@@ -797,11 +859,11 @@ def rate_form(form, order="named", only_reachable=True):
             got = rate(trace, record)
             twins.setdefault(name, []).append(got["reward"] - without)
             if got["reward"] < without - 1e-9:
-                failures.append((f"{name}: {got['reward']:.3f} is below {without:.3f} without a call", trace))
+                failures.append((f"{name}: {got['reward']:.3f}, {without:.3f} without a call ({explain(got)})", trace))
             for part in ("arguments", "support", "economy") if name == "gold" else ():
                 parts.setdefault(part, []).append(got[part])
                 if (got[part] or 0) < 0.9:
-                    failures.append((f"{part} {got[part] or 0:.2f}", trace))
+                    failures.append((f"{part} is low ({explain(got)})", trace))
         for trace in distractor_traces(record, form):
             distractors.append(rate(trace, record)["support"])
             if distractors[-1] > 0.3:
@@ -816,16 +878,34 @@ def rate_form(form, order="named", only_reachable=True):
     return FormRates(len(rows), means, mean(distractors), mean(others), shares, failures)
 
 
-def rate_hack(name, rows):
-    """(number of pairs, those that beat the same answer without a call)."""
+def rate_hack(name):
+    """(number of tries, [(parts of the reward, trace)] of those that beat the same answer without a call)."""
     rate = rater()
     pairs, beaten = 0, []
-    for record in rows:
-        for trace, without in hacked(name, record):
+    for record, wrong in hack_cases():
+        for trace, without in hacked(name, record, wrong):
             pairs += 1
-            if rate(trace, record)["reward"] > rate(without, record)["reward"] + 1e-9:
-                beaten.append(trace)
+            got = rate(trace, record)
+            if got["reward"] > rate(without, record)["reward"] + 1e-9:
+                beaten.append((explain(got), trace))
     return pairs, beaten
+
+
+def explain(rated):
+    """The parts of a reward in one line."""
+    parts = ("grammar", "valid", "arguments", "support", "economy")
+    return ", ".join(f"{part} {rated[part]:.2f}" for part in parts if rated[part] is not None)
+
+
+def print_labelled(verbose):
+    misses = [case for case in LABELLED if not agrees(case)]
+    print(f"labelled cases: {len(LABELLED) - len(misses)} of {len(LABELLED)} hold; misses:")
+    for case in misses:
+        print(f"  {case['part']}: {case['case']}")
+        if verbose:
+            trace = case_trace(case)
+            show_failures([(f"a person says {case['verdict']}, not {rate_part(case['part'], trace):.2f}", trace)], 1)
+    print()
 
 
 def show_failures(failures, most):
@@ -861,15 +941,15 @@ def print_forms(verbose, most):
 
 def print_hacks(verbose, most):
     print(f"\n{'hacks: share that beats the same answer without a call':62}{'n':>6}{'share':>8}")
-    rows, kinds = hack_records(), {}
+    kinds = {}
     for name in HACKS:
-        pairs, beaten = rate_hack(name, rows)
+        pairs, beaten = rate_hack(name)
         kind = kinds.setdefault(name.split(":")[0], [0, 0])
         kind[0] += pairs
         kind[1] += len(beaten)
         print(f"  {name:60}{pairs:6}{len(beaten) / max(1, pairs):8.2f}")
         if verbose:
-            show_failures([("beats the same answer without a call", trace) for trace in beaten], most)
+            show_failures(beaten, most)
     for kind, (pairs, beaten) in kinds.items():
         print(f"{kind:62}{pairs:6}{beaten / max(1, pairs):8.2f}")
 
@@ -881,6 +961,7 @@ def main():
     given = parser.parse_args()
     if not REAL:
         print("MTR_REAL is not set: no HotpotQA, no MuSiQue\n")
+    print_labelled(given.verbose)
     print_forms(given.verbose, given.most)
     print_hacks(given.verbose, given.most)
 
