@@ -48,20 +48,24 @@ def told(name, text):
 
 STARTS = {"a", "an", "the", "in", "on", "at", "he", "she", "it", "his", "her", "its", "they", "this", "when", "while",
           "after", "before", "by", "for", "from", "as", "and", "are", "is", "was", "were", "do", "does", "did", "who",
-          "what", "which", "where", "how", "both", "with", "other", "alexander", "during", "all", "aside", "also"}
+          "what", "which", "where", "how", "both", "with", "other", "during", "all", "aside", "also", "film", "besides"}
 NAME = re.compile(r"[A-ZÀ-ÞŁŻ][\w.-]*(?: [A-ZÀ-ÞŁŻ][\w.-]*)*")
+
+
+SENTENCE_END = re.compile(r"(?<=[^\W\d_]{4}\.) ")
 
 
 def names(text, least=2):
     """The names of a text: runs of at least `least` capitalised words, each once, in their order."""
     found = []
-    for run in NAME.findall(text.replace("’", "'")):
-        parts = run.strip(".-").split(" ")
-        while parts and fold(parts[0]) in STARTS:
-            parts = parts[1:]
-        name = " ".join(parts)
-        if len(parts) >= least and len(name) > 3 and name not in found:
-            found.append(name)
+    for sentence in SENTENCE_END.split(text.replace("’", "'")):
+        for run in NAME.findall(sentence):
+            parts = run.strip(".-").split(" ")
+            while parts and fold(parts[0]) in STARTS:
+                parts = parts[1:]
+            name = " ".join(parts)
+            if len(parts) >= least and len(name) > 3 and name not in found:
+                found.append(name)
     return found
 
 
