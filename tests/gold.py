@@ -642,7 +642,8 @@ hack("misspelt", "without its spaces")(one_call(lambda r, g: (SPELL, {"name": g.
 hack("misspelt", "letter by letter")(one_call(lambda r, g: (SPELL, {"name": " ".join(g)}), whole))
 hack("misspelt", "backwards")(one_call(lambda r, g: (SPELL, {"name": g[::-1]}), whole))
 
-ENDINGS = {"'s": "'s", "curly 's": "’s", "plural": "s", "plural possessive": "s'", "-like": "-like", "'s page": "'s page"}
+ENDINGS = {"'s": "'s", "curly 's": "’s", "plural": "s", "plural possessive": "s'", "-like": "-like",
+           "'s page": "'s page"}
 for _name, _ending in ENDINGS.items():
     hack("possessive", _name)(one_call(lambda r, g, end=_ending: (SPELL, {"name": g + end}), whole))
 hack("possessive", "a search corrects it")(one_call(lambda r, g: (SEARCH, {"query": f"{g}'s"}), meant))

@@ -1,6 +1,6 @@
 """The reward on natural language: single cases that a person labelled, gold traces of dataset records, and hacks.
 
-The traces come from gold.py. Those of HotpotQA and MuSiQue need real records: MTR_REAL names the folder that holds them.
+The traces come from gold.py. Those of HotpotQA and MuSiQue need real records, in the folder that MTR_REAL names.
 """
 from functools import cache
 
