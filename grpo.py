@@ -33,7 +33,7 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, combinations, product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +41,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
+from agents import UTILITIES, AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import (
-    STOP,
-    arguments,
+    SHORT,
+    Evidence,
+    computed,
     content,
-    is_grounded,
-    leaves,
+    holding,
+    is_difference,
     names,
-    near,
-    numbers,
-    observed,
-    starts,
     tokens,
-    topics,
+    weigh,
 )
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
@@ -125,24 +122,11 @@ class GRPOConfig:
 
 # ------------------------------------------------------------------------------------------ reward
 # R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the five parts.
-# docs/reward.md explains each part by examples.
-
-
-@dataclass
-class Evidence:
-    """One call as the reward sees it. Its words are tokens (see data/evidence.py)."""
-    call: Call
-    turn: int                # index of its turn
-    repeated: bool           # an equal call came before
-    grounded: list[bool]     # for each argument: was it told before?
-    own: set[str]            # the words of its arguments
-    topics: list[list[str]]  # each name and number in its arguments
-    told: list[str]          # the words of its observation; [] if it is no evidence
-    new: set[str]            # of these, the words that neither question nor arguments hold
+# docs/reward.md explains each part by examples. Texts are compared by data/evidence.py.
 
 
 def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. Sources are the question and the observations before its turn."""
+    """The evidence of each call. Sources are the question and the results of earlier turns."""
     tools = {tool.name: tool for tool in trace.tools}
     sources = [tokens(trace.question)]
     evidence: list[Evidence] = []
@@ -150,101 +134,61 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
     for number, turn in enumerate(trace.turns):
         first = len(evidence)
         for call in turn.calls:
-            tool = tools.get(call.name)
-            given = arguments(call.arguments, tool.parameters if tool else {})
-            known = starts(chain(*sources, tokens(tool.definition if tool else "")))
-            grounded = [is_grounded(value, sources, known) for value in given]
-            own = set(chain(*map(tokens, [*given, *leaves(call.arguments)])))
-            about = list(chain(*map(topics, given)))
-            told = observed(call.observation) if is_evidence(call, given, grounded, sources) else []
-            # A word that the agent brought up itself is no evidence when the tool repeats it.
-            told = [word for word in told if word not in own or word[:5] in known]
-            new = set(told) - set(sources[0]) - own
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
-            evidence.append(Evidence(call, number, signature in seen, grounded, own, about, told,
-                                     new))
+            e = weigh(call, tools.get(call.name), trace.question, sources, number,
+                      signature in seen)
             seen.add(signature)
+            if call.name in UTILITIES and not computed(e, trace.question, sources):
+                e.told = []
+            evidence.append(e)
         sources = sources + [e.told for e in evidence[first:]]
     return evidence
 
 
-def is_evidence(call: Call, given: list, grounded: list[bool], sources: list[list[str]]) -> bool:
-    """Whether an observation may support an answer: its arguments were told, or only stop words.
-
-    A utility's result counts if at least two different inputs were told. compare and count need
-    inputs that were looked up, and count needs them from one observation.
-    """
-    plain_words = [set(tokens(value)) <= STOP for value in given]
-    if not call.succeeded or not all(map(any, zip(grounded, plain_words, strict=True))):
-        return False
-    if call.name not in UTILITIES:
-        return True
-    if call.name == "calculator":
-        inputs = numbers(call.arguments["expression"])
-    elif call.name == "date_difference":
-        inputs = given
-    else:
-        inputs = call.arguments["values" if call.name == "compare" else "items"]
-        sources = sources[1:]
-    inputs = {tuple(tokens(value)) for value in inputs}
-    if call.name == "count":
-        return len(inputs) > 1 and any(set(chain(*inputs)) <= set(source) for source in sources)
-    return len(inputs) > 1 and all(any(set(i) <= set(s) for s in sources) for i in inputs)
-
-
-def plain_number(token):
-    return re.fullmatch(r"-?[\d.]+", token)
-
-
 def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
-    """The calls whose observations support the answer."""
+    """The calls that support the answer: a utility computed it, or a result holds it that the call
+    itself did not hold. A comparison, yes or no: at least two things were looked up.
+    """
     answer = content(trace.answer)
-    lookups = [e for e in evidence if e.new and not e.repeated]
-    if not normalize(trace.answer) and tokens(trace.answer) not in names(trace.question):
+    if not normalize(trace.answer) and answer not in names(trace.question):
         return []
-    for e in evidence:
-        if e.call.name in UTILITIES and e.told and set(content(trace.answer)) == set(e.told):
-            return [e]
-    if normalize(trace.answer) in ("yes", "no") or set(answer) <= set(tokens(trace.question)):
+    results = [e for e in evidence if e.call.name in UTILITIES and e.result == set(answer)]
+    if results:  # a result of invented inputs supports nothing
+        return [e for e in results if e.told]
+    lookups = [e for e in evidence if e.new and not e.repeated]
+    question = set(tokens(trace.question))
+    if normalize(trace.answer) in ("yes", "no") or set(answer) <= question:
         return compared(trace, lookups)
-    whole = set(tokens(trace.question))
-    # The result of a long text for the whole question holds many possible answers.
-    lookups = [e for e in lookups if len(e.told) <= 12 or len(whole & e.own) < 0.8 * len(whole)]
+    # A long result for the whole question holds many possible answers.
+    whole = 0.8 * len(question)
+    lookups = [e for e in lookups if len(e.told) <= SHORT or len(question & e.own) < whole]
     for parts in ([answer], map(content, re.split(r"[,;&]|\band\b", trace.answer))):
-        found = [[e for e in lookups if near(part, e.told) and not set(part) <= e.own]
-                 for part in parts]
+        found = [holding(part, lookups) for part in parts]
         if all(found):
             return list(chain(*found))
-    # A number may be the difference of two numbers that were looked up.
-    for a, b in combinations(lookups, 2) if numbers(trace.answer) == answer else ():
-        pairs = product(filter(plain_number, a.told), filter(plain_number, b.told))
-        if any(tokens(abs(float(x) - float(y))) == answer for x, y in pairs):
-            return compared(trace, lookups)
-    return []
+    return compared(trace, lookups) if is_difference(answer, lookups) else []
 
 
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups, if they are about at least two of the things that the question names."""
-    things = names(trace.question) or [[word] for word in content(trace.question)]
-    about = set()
-    for e in lookups:
-        shares = [len(e.own & set(thing)) / len(thing) for thing in things]
-        if max(shares) >= 0.5:
-            about.add(shares.index(max(shares)))
-        elif about and e.topics:
-            about.add("what these told")
-    alone = len(things) == 1 and normalize(trace.answer) in ("yes", "no")
-    return lookups if len(about) >= (1 if alone else 2) else []
+    """The lookups, if they are about at least two of the things that the question names.
+
+    A lookup about what an earlier one told counts as a thing. If the question names only one
+    thing, one is enough for yes or no.
+    """
+    about = {e.thing for e in lookups if all(e.grounded)}
+    alone = len(names(trace.question)) == 1 and normalize(trace.answer) in ("yes", "no")
+    enough = 1 if alone else 2
+    return lookups if any(about) and len(about) >= enough else []
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
-    """(1 + turns in strict grammar) / (1 + turns)."""
+    """(1 + turns in the strict grammar) / (1 + turns)."""
     strict = [turn for turn in trace.turns if not turn.departures]
     return (1 + len(strict)) / (1 + len(trace.turns))
 
 
 def reward_valid(trace: Trace, evidence: list[Evidence]) -> float:
-    """1 / (1 + number of refused calls)."""
+    """1 / (1 + refused calls)."""
     return 1 / (1 + sum(e.call.error is not None for e in evidence))
 
 
@@ -255,22 +199,24 @@ def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float:
 
 
 def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
-    """1 if observations support the answer, else 0."""
+    """1 if calls support the answer, else 0."""
     return float(bool(supporting(trace, evidence)))
 
 
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
     """Share of the calls that are of use.
 
-    A call is of use if it supports the answer, or if something new that it told stands in the
-    arguments of a call in a later turn, whose observation is evidence.
+    A call is of use if it supports the answer, if a name or number that it told is an argument of
+    a later call, or, once the answer is supported, if it alone is about a thing in the question.
     """
     useful = supporting(trace, evidence)
+    supported = bool(useful)
     for e in evidence:
         later = [other for other in evidence if other.turn > e.turn and other.told]
-        topics = chain(*[other.topics for other in later if not other.repeated])
-        used = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in topics)
-        if used and not e.repeated and e not in useful:
+        used = chain(*[other.topics for other in later if not other.repeated])
+        is_used = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in used)
+        alone = supported and e.new and e.thing and e.thing not in [u.thing for u in useful]
+        if (is_used or alone) and not e.repeated and e not in useful:
             useful.append(e)
     return len(useful) / len(evidence) if evidence else 0.0
 
@@ -280,7 +226,7 @@ PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_a
 
 
 def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float]:
-    """The reward and its parts. A trace without a useful call earns only grammar and support."""
+    """The reward and its parts. Without a useful call, a trace earns only grammar and support."""
     if trace.status != "answered":
         return dict.fromkeys(("reward", "em", "answer", "consistency", *PARTS), 0.0)
     evidence = collect_evidence(trace)
