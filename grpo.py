@@ -43,19 +43,10 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import (
-    SHORT,
-    Evidence,
-    computed,
-    content,
-    holding,
-    is_difference,
-    names,
-    tokens,
-    weigh,
-)
+from data.evidence import SHORT, Evidence, holding, is_difference, weigh
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
+from data.words import content, names, tokens
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
 from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
@@ -111,13 +102,12 @@ class GRPOConfig:
 
     def __post_init__(self):
         validate(self)
-        # Every right answer must outrank every wrong one. For a trace with an answer, consistency
-        # is at most 1. It is at least 1 / len(PARTS), because reward_grammar is 1. So a wrong
-        # answer can gain at most this by its consistency:
-        most = self.w_consistency * (1 - 1 / len(PARTS))
-        if not self.w_answer * (1 - self.partial) > most:
+        # Every right answer must outrank every wrong one. With c the consistency of the right one,
+        # this is w_answer + w_consistency c > w_answer partial + w_consistency. c is above 0, since
+        # reward_grammar is, but it can be small.
+        if not self.w_answer * (1 - self.partial) >= self.w_consistency:
             raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
-                             f"w_answer · (1 - partial) must be above {most:g}")
+                             "w_answer · (1 - partial) must be at least w_consistency")
 
 
 # ------------------------------------------------------------------------------------------ reward
@@ -134,12 +124,10 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
     for number, turn in enumerate(trace.turns):
         first = len(evidence)
         for call in turn.calls:
+            e = weigh(call, tools.get(call.name), number, trace.question, sources)
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
-            e = weigh(call, tools.get(call.name), trace.question, sources, number,
-                      signature in seen)
+            e.repeated = signature in seen
             seen.add(signature)
-            if call.name in UTILITIES and not computed(e, trace.question, sources):
-                e.told = []
             evidence.append(e)
         sources = sources + [e.told for e in evidence[first:]]
     return evidence
@@ -404,7 +392,8 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
     valid = [call for call in trace.calls if call.error is None]
     support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
     return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
-            "grammar": float(answered), "support": support, "calls": len(trace.calls),
+            "grammar": reward_grammar(trace, []) if answered else 0.0, "support": support,
+            "calls": len(trace.calls),
             "valid_calls": len(valid), "length": sum(trace.mask)}
 
 
@@ -505,10 +494,9 @@ GRPO_COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finish
 
 
 def summary(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> dict[str, float]:
-    """Means over the traces of a rollout. A part of the reward is averaged where it applies."""
+    """Means over the traces of a rollout."""
     def mean(values: list) -> float:
-        values = [float(value) for value in values if value is not None]
-        return sum(values) / len(values) if values else 0.0
+        return sum(values) / len(values)
 
     row = {name: mean([r[name] for r in rewards]) for name in rewards[0]}
     groups = [traces[i:i + config.group] for i in range(0, len(traces), config.group)]

@@ -1,129 +1,30 @@
-"""What texts tell: words, numbers, dates and names, and what one call adds to them. grpo.py builds
-its reward on it."""
+"""What one call of a trace adds to what was told before, for the reward in grpo.py.
+
+Words are tokens of data/words.py. Sources are lists of tokens: of the question, and of each result
+of earlier turns.
+"""
 import re
-import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, combinations, product
 
-# ------------------------------------------------------------------------------------------- tokens
+from data import tools
+from data.words import (
+    STOP,
+    content,
+    flat,
+    is_number,
+    is_told,
+    leaves,
+    names,
+    near,
+    numbers,
+    tokens,
+    topics,
+)
 
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September",
-          "October", "November", "December"]
-MONTH = f"({'|'.join(month[:3] for month in MONTHS)})[a-z]*\\.?"
-DAY = r"(\d\d?)(?:st|nd|rd|th)?"
-DAY_FIRST = re.compile(rf"\b{DAY} (?:of )?{MONTH},? (\d{{4}})\b")
-MONTH_FIRST = re.compile(rf"\b{MONTH} {DAY},? (\d{{4}})\b")
-ISO = r"\d{4}-\d\d-\d\d(?!\w)"
-NUMBER = r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)"
-TOKEN = re.compile(rf"{ISO}|{NUMBER}|[^\W_]+")
-NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-                "ten", "eleven", "twelve"]
-# Words that do not say what is asked or looked up.
-STOP = set(re.findall(r"\w+", """
-    a about after all also am an and any are as at be been before both but by did do does each first
-    for from had has have he her him his how if in into is it its last me more most no not of on or
-    other second she than that the their them then there these they this those to was we were what
-    when where which who whom whose why will with would yes you"""))
-
-
-def flat(lists: Iterable[Iterable]) -> list:
-    """One list of the items of all lists."""
-    return list(chain.from_iterable(lists))
-
-
-def plain(text: str) -> str:
-    """The text without accents and possessive 's, with dates as 1932-11-02. The case stays."""
-    def iso(year: str, month: str, day: str) -> str:
-        number = [name[:3] for name in MONTHS].index(month) + 1
-        return f"{year}-{number:02}-{int(day):02}"
-
-    text = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    text = re.sub(r"(?<=\w)'s\b", "", text)
-    text = re.sub(r"\b(?:[A-Za-z]\.){2,}", lambda found: found[0].replace(".", ""), text)
-    text = DAY_FIRST.sub(lambda date: iso(date[3], date[2], date[1]), text)
-    return MONTH_FIRST.sub(lambda date: iso(date[3], date[1], date[2]), text)
-
-
-def normal(word: str) -> list[str]:
-    """The tokens of one match of TOKEN."""
-    word = word.lower()
-    if re.fullmatch(ISO, word):
-        year, month, _ = map(int, word.split("-"))
-        return [word, str(year), MONTHS[month % 12 - 1].lower()]
-    if re.fullmatch(NUMBER, word):
-        return [f"{float(word.replace(',', '')):.15g}"]
-    if word in NUMBER_WORDS:
-        return [str(NUMBER_WORDS.index(word))]
-    plural = len(word) > 3 and word[-1] == "s" != word[-2]
-    return [word[:-1] if plural else word]
-
-
-def tokens(text: object) -> list[str]:
-    """Words in lower case without plural s, numbers by value, dates also as year and month.
-
-    >>> tokens("Beyonc\u00e9's 26,105 tigers, born 2 November 1932")
-    ['beyonce', '26105', 'tiger', 'born', '1932-11-02', '1932', 'november']
-    """
-    return flat(map(normal, TOKEN.findall(plain(str(text)))))
-
-
-def content(text: object) -> list[str]:
-    """The tokens that are no stop words; all tokens if there are no others."""
-    found = tokens(text)
-    return [token for token in found if token not in STOP] or found
-
-
-def is_number(token: str) -> bool:
-    """Whether a token is a number. Dates are none."""
-    return bool(re.fullmatch(r"-?\d+(\.\d+)?", token))
-
-
-def numbers(text: object) -> list[str]:
-    """The numbers and dates among the tokens."""
-    return [token for token in tokens(text) if is_number(token) or re.fullmatch(ISO, token)]
-
-
-def names(text: object) -> list[list[str]]:
-    """The tokens of each name: capitalised words and numbers after them, perhaps joined by "of".
-
-    A first word that only begins the sentence is left out.
-
-    >>> names("Birthplace of the director of The Lord of the Rings, or Jaws 2")
-    [['lord', 'ring'], ['jaw', '2']]
-    """
-    words = re.findall(r"[^\W_]+|[^\w\s'-]", plain(str(text)))
-    runs: list[list[str]] = [[]]
-    for i, word in enumerate(words):
-        follows = words[i + 1] if i + 1 < len(words) else ""
-        opening = i == 0 and follows and (word.lower() in STOP or follows in ("of", "for", "in"))
-        if (word[0].isupper() and not opening) or (runs[-1] and word.isdecimal()):
-            runs[-1] += normal(word)
-        elif word not in ("of", "the", "de", "von", "van", "for"):
-            runs.append([])
-    return [[word for word in run if word not in STOP] or run for run in runs if run]
-
-
-def topics(text: object) -> list[list[str]]:
-    """What a text is about: its names and numbers; without a name, each of its other words."""
-    return (names(text) or [[word] for word in content(text)]) + [[n] for n in numbers(text)]
-
-
-def near(wanted: list[str], text: list[str]) -> bool:
-    """Whether all wanted tokens stand close to each other in the tokens of a text."""
-    width = len(wanted) + 3
-    if not wanted or not set(wanted) <= set(text):
-        return False
-    starts = range(max(1, len(text) - width + 1))
-    return any(set(wanted) <= set(text[i:i + width]) for i in starts)
-
-
-def is_told(topic: Iterable[str], sources: list[list[str]]) -> bool:
-    """Whether one source holds all words of a topic."""
-    return any(set(topic) <= set(source) for source in sources)
-
+UTILITIES = {spec["name"] for spec in tools.UTILITIES}
+SHORT = 12  # a longer result is running text
 
 # ------------------------------------------------------------------------------ arguments of a call
 
@@ -171,7 +72,6 @@ def is_grounded(value: object, sources: list[list[str]], known: set[str], named:
 
 # ------------------------------------------------------------------------------------ what is new
 
-SHORT = 12  # words of a result that is a value, not running text
 
 @dataclass
 class Evidence:
@@ -192,25 +92,51 @@ class Evidence:
         return set(tokens(leaves(self.call.observation)))
 
 
-def weigh(call, tool, question: str, sources: list[list[str]], turn: int, repeated: bool
-          ) -> Evidence:
-    """The evidence of a call of a tool. Sources: tokens of the question and of earlier results."""
+def weigh(call, tool, turn: int, question: str, sources: list[list[str]]) -> Evidence:
+    """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
     given = arguments(call.arguments, tool.parameters if tool else {})
     definition = tokens(tool.definition) if tool else []
-    known = {word[:5] for word in chain(*sources, definition)}  # "director" stands for "directed"
+    known = {word[:5] for word in chain(*sources, definition)}  # "direc": director, directed
     named = any(is_told(name, sources) for name in flat(map(names, given)))
     grounded = [is_grounded(value, sources, known, named) for value in given]
     own = set(flat(map(tokens, [*given, *leaves(call.arguments)])))
-    untold = [word for word in own if word[:5] not in known]
-    told = without(observed(call.observation), untold) if call.succeeded else []
-    plain_words = all(set(tokens(v)) <= STOP for v, g in zip(given, grounded, strict=True) if not g)
-    if len(told) <= SHORT and not plain_words:  # it may only write out what the agent brought up
+    told = observed(call.observation) if call.succeeded else []
+    if not counts(call, given, grounded, len(told), question, sources):
         told = []
+    told = without(told, [word for word in own if word[:5] not in known])
+    new = set(told) - set(sources[0]) - own
+    about = flat(map(topics, given))
+    return Evidence(call, turn, False, grounded, own, about, told, new, thing_of(own, question))
+
+
+def thing_of(own: set[str], question: str) -> tuple[str, ...]:
+    """The name in the question that these words are about: at least half of it is among them."""
     things = names(question) or [[word] for word in content(question)]
     shares = [(len(own & set(thing)) / len(thing), len(thing), thing) for thing in things]
     share, _, thing = max(shares, default=(0, 0, []))
-    return Evidence(call, turn, repeated, grounded, own, flat(map(topics, given)), told,
-                    set(told) - set(sources[0]) - own, tuple(thing) if share >= 0.5 else ())
+    return tuple(thing) if share >= 0.5 else ()
+
+
+NOTHING = re.compile(r"\b(no|not|nothing|none|unknown)\b.*\b(found|information|results?|records?|"
+                     r"data|match(es)?|available|known|exists?)\b", re.I)
+
+
+def observed(observation: dict) -> list[str]:
+    """The tokens of a result. [] if it only says that nothing was found."""
+    text = " ; ".join(map(str, leaves(observation)))
+    found = tokens(text)
+    return [] if len(found) <= SHORT and NOTHING.search(text) else found
+
+
+def counts(call, given: list, grounded: list[bool], length: int, question: str,
+           sources: list[list[str]]) -> bool:
+    """Whether a result is evidence. A short one is none if an argument came from nowhere: the tool
+    may only write out what the agent brought up. Arguments of stop words bring up nothing.
+    """
+    if call.name in UTILITIES:
+        return all(grounded) and computed(call, question, sources)
+    pairs = zip(given, grounded, strict=True)
+    return length > SHORT or all(told or set(tokens(value)) <= STOP for value, told in pairs)
 
 
 def without(text: list[str], echo: list[str]) -> list[str]:
@@ -219,37 +145,20 @@ def without(text: list[str], echo: list[str]) -> list[str]:
     return [word for word in text if word not in close]
 
 
-NOTHING = re.compile(r"\b(no|not|nothing|none|unknown)\b.*\b(found|information|results?|records?|"
-                     r"data|match(es)?|available|known|exists?)\b", re.I)
-
-
-def observed(observation: dict) -> list[str]:
-    """The tokens of an observation. [] if it only says that nothing was found."""
-    text = " ; ".join(map(str, leaves(observation)))
-    found = tokens(text)
-    return [] if len(found) <= SHORT and NOTHING.search(text) else found
-
-
-def computed(e: Evidence, question: str, sources: list[list[str]]) -> bool:
-    """Whether a utility's result follows from what was told: at least two different inputs.
-
-    sources: tokens of the question and of earlier results. compare and count work on results only.
-    """
-    name = e.call.name
-    given = e.call.arguments
-    asked = name != "count" or re.search(r"how many|number", question, re.I)
-    if not (asked and e.call.succeeded and all(e.grounded)):
-        return False
-    inputs = [value for value in given.values() if isinstance(value, str)]
-    if name == "calculator":  # a number that is used twice can make any result
-        inputs = numbers(*inputs)
+def computed(call, question: str, sources: list[list[str]]) -> bool:
+    """Whether a utility's result follows from what was told: at least two inputs that differ."""
+    given = call.arguments
+    if call.name == "calculator":  # a number that is used twice can make any result
+        inputs = numbers(given.get("expression"))
         return len(set(inputs)) == len(inputs) > 1 and all(is_told([n], sources) for n in inputs)
-    if name in ("compare", "count"):
-        inputs = given["values" if name == "compare" else "items"]
-        sources = sources[1:]
-    words = {tuple(tokens(value)) for value in inputs}
-    together = [set(chain(*words))] if name == "count" else words  # it counts one list
-    return len(words) > 1 and all(is_told(part, sources) for part in together)
+    if call.name == "date_difference":
+        return given.get("start") != given.get("end")
+    inputs = {tuple(tokens(value)) for value in leaves(given.get("values") or given.get("items"))}
+    results = sources[1:]  # compare and count work on what was looked up
+    if call.name == "count":  # the items of one list, if the question asks for their number
+        asked = re.search(r"how many|number", question, re.I)
+        return bool(asked) and len(inputs) > 1 and is_told(chain(*inputs), results)
+    return len(inputs) > 1 and all(is_told(value, results) for value in inputs)
 
 
 def holding(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
@@ -272,12 +181,3 @@ def is_difference(answer: list[str], lookups: list[Evidence]) -> bool:
             if tokens(abs(float(x) - float(y))) == answer:
                 return True
     return False
-
-
-def leaves(value: object) -> list:
-    """The strings and numbers inside a JSON value, without true, false and null."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return flat(map(leaves, value))
-    return [] if value is None or isinstance(value, bool) else [value]
