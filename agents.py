@@ -177,6 +177,7 @@ class Turn:
     calls: list[Call] = field(default_factory=list)
     answer: str | None = None
     error: str | None = None  # how the turn breaks the grammar
+    departures: list[str] = field(default_factory=list)
 
 
 # Any text is parsed in linear time. THOUGHT and ANSWER are matched only at the start. CALLS gets

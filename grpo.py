@@ -41,11 +41,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import UTILITIES, AutoAgent, Call, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
+from agents import UTILITIES, AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
+from data.evidence import SHORT, Evidence, holding, is_difference, weigh
 from data.prompts import LONG
-from data.score import exact_match, f1, holds, leaves, normalize, same, words
+from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
+from data.words import content, names, tokens
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
 from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
@@ -101,132 +103,126 @@ class GRPOConfig:
 
     def __post_init__(self):
         validate(self)
-        # Every right answer must outrank every wrong one. For a trace with an answer, consistency
-        # is at most 1. It is at least 1 / len(PARTS), because reward_grammar is 1. So a wrong
-        # answer can gain at most this by its consistency:
-        most = self.w_consistency * (1 - 1 / len(PARTS))
-        if not self.w_answer * (1 - self.partial) > most:
+        # Every right answer must outrank every wrong one. With c the consistency of the right one,
+        # this is w_answer + w_consistency c > w_answer partial + w_consistency. c is above 0, since
+        # reward_grammar is, but it can be small.
+        if not self.w_answer * (1 - self.partial) >= self.w_consistency:
             raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
-                             f"w_answer · (1 - partial) must be above {most:g}")
+                             "w_answer · (1 - partial) must be at least w_consistency")
 
 
 # ------------------------------------------------------------------------------------------ reward
-# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the parts below.
-
-
-@dataclass
-class Evidence:
-    """One call as the reward sees it."""
-    call: Call
-    turn: int             # index of its turn
-    own: set[str]         # the words of its arguments and of their names
-    grounded: list[bool]  # for each value in the arguments: does it occur in a source?
-    values: list          # the values in its observation; [] if the call failed
-    new: list             # of these, the values that its arguments do not hold
-    repeated: bool        # an equal call came before
+# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the five parts.
+# docs/reward.md explains each part by examples. Texts are compared by data/evidence.py.
 
 
 def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. Sources are the question and earlier turns' observations."""
-    properties = {tool.name: tool.parameters["properties"] for tool in trace.tools}
+    """The evidence of each call. Sources are the question and the results of earlier turns."""
+    tools = {tool.name: tool for tool in trace.tools}
+    sources = [tokens(trace.question)]
     evidence: list[Evidence] = []
     seen: set[str] = set()
-    sources = [trace.question]
     for number, turn in enumerate(trace.turns):
-        found = []
+        first = len(evidence)
         for call in turn.calls:
-            schemas = properties.get(call.name, {})
-            # A value that is picked from an enum needs no source.
-            free = {k: v for k, v in call.arguments.items() if "enum" not in schemas.get(k, {})}
-            grounded = [in_sources(value, sources) for value in leaves(free)]
-            names = re.findall(r'"([^"]*)":', json.dumps(call.arguments, ensure_ascii=False))
-            own = words(*leaves(call.arguments), *names)
-            values = leaves(call.observation) if call.succeeded else []
-            # The result of a utility is new, even if it is an argument: compare() picks one.
-            computed = call.name in UTILITIES and all(grounded)
-            new = [value for value in values if computed or not words(value) <= own]
+            e = weigh(call, tools.get(call.name), number, trace.question, sources)
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
-            evidence.append(Evidence(call, number, own, grounded, values, new, signature in seen))
+            e.repeated = signature in seen
             seen.add(signature)
-            found += values
-        sources = sources + found
+            evidence.append(e)
+        sources = sources + [e.told for e in evidence[first:]]
     return evidence
 
 
-def in_sources(value: object, sources: list) -> bool:
-    """Whether a source holds a value. For "3 * (4 + 5)", sources must hold all its numbers."""
-    if any(holds(source, value) for source in sources):
-        return True
-    if re.search(r"[^\W\d_]", str(value)):  # a letter
-        return False
-    numbers = re.findall(r"\d+(?:\.\d+)?", str(value))
-    return bool(numbers) and all(any(holds(s, number) for s in sources) for number in numbers)
+def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
+    """The calls that support the answer: a utility computed it, or a result holds it that the call
+    itself did not hold. A comparison, yes or no: at least two things were looked up.
+    """
+    answer = content(trace.answer)
+    if not normalize(trace.answer) and answer not in names(trace.question):
+        return []
+    results = [e for e in evidence if e.call.name in UTILITIES and e.result == set(answer)]
+    if results:  # a result of invented inputs supports nothing
+        return [e for e in results if e.told]
+    lookups = [e for e in evidence if e.new and not e.repeated]
+    question = set(tokens(trace.question))
+    if normalize(trace.answer) in ("yes", "no") or set(answer) <= question:
+        return compared(trace, lookups)
+    # A long result for the whole question holds many possible answers.
+    whole = 0.8 * len(question)
+    lookups = [e for e in lookups if len(e.told) <= SHORT or len(question & e.own) < whole]
+    for parts in ([answer], map(content, re.split(r"[,;&]|\band\b", trace.answer))):
+        found = [holding(part, lookups) for part in parts]
+        if all(found):
+            return list(chain(*found))
+    return compared(trace, lookups) if is_difference(answer, lookups) else []
+
+
+def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups, if they are about at least two of the things that the question names.
+
+    A lookup about what an earlier one told counts as a thing. If the question names only one
+    thing, one is enough for yes or no.
+    """
+    about = {e.thing for e in lookups if all(e.grounded)}
+    alone = len(names(trace.question)) == 1 and normalize(trace.answer) in ("yes", "no")
+    enough = 1 if alone else 2
+    return lookups if any(about) and len(about) >= enough else []
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
-    """Always 1, because reward() returns early for a trace that breaks the grammar."""
-    return 1.0
+    """(1 + turns in the strict grammar) / (1 + turns)."""
+    strict = [turn for turn in trace.turns if not turn.departures]
+    return (1 + len(strict)) / (1 + len(trace.turns))
 
 
-def reward_valid(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """1 / (1 + number of refused calls). None without a call."""
-    refused = [e for e in evidence if e.call.error is not None]
-    return 1 / (1 + len(refused)) if evidence else None
+def reward_valid(trace: Trace, evidence: list[Evidence]) -> float:
+    """1 / (1 + refused calls)."""
+    return 1 / (1 + sum(e.call.error is not None for e in evidence))
 
 
-def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of the arguments that are grounded. Repeated calls don't count. None without any."""
-    grounded = list(chain.from_iterable(e.grounded for e in evidence if not e.repeated))
-    return sum(grounded) / len(grounded) if grounded else None
+def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float:
+    """Share of the arguments that are grounded. Repeated calls don't count."""
+    grounded = list(chain(*[e.grounded for e in evidence if not e.repeated]))
+    return sum(grounded) / len(grounded) if grounded else reward_valid(trace, evidence)
 
 
 def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
-    """1 if an observation holds the answer and the arguments of its call don't, or if a utility
-    computed it from grounded arguments; else 0.
+    """1 if calls support the answer, else 0."""
+    return float(bool(supporting(trace, evidence)))
+
+
+def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
+    """Share of the calls that are of use.
+
+    A call is of use if it supports the answer, if a name or number that it told is an argument of
+    a later call, or, once the answer is supported, if it alone is about a thing in the question.
     """
+    useful = supporting(trace, evidence)
+    supported = bool(useful)
     for e in evidence:
-        if e.call.name in UTILITIES:
-            if all(e.grounded) and any(same(value, trace.answer) for value in e.values):
-                return 1.0
-            continue
-        found = any(holds(value, trace.answer) for value in e.values)
-        if found and not words(trace.answer) <= e.own:
-            return 1.0
-    return 0.0
-
-
-def reward_economy(trace: Trace, evidence: list[Evidence]) -> float | None:
-    """Share of useful calls. None without a call.
-
-    A call is useful if it is no repetition and one of its new values is the answer, or occurs in
-    the arguments of a call in a later turn that is no repetition either.
-    """
-    useful = 0
-    for e in evidence:
-        later = []
-        for other in evidence:
-            if other.turn > e.turn and not other.repeated:
-                later += leaves(other.call.arguments)
-        is_answer = any(same(value, trace.answer) for value in e.new)
-        is_used = any(holds(text, value) for text, value in product(later, e.new))
-        if (is_answer or is_used) and not e.repeated:
-            useful += 1
-    return useful / len(evidence) if evidence else None
+        later = [other for other in evidence if other.turn > e.turn and other.told]
+        used = chain(*[other.topics for other in later if not other.repeated])
+        is_used = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in used)
+        alone = supported and e.new and e.thing and e.thing not in [u.thing for u in useful]
+        if (is_used or alone) and not e.repeated and e not in useful:
+            useful.append(e)
+    return len(useful) / len(evidence) if evidence else 0.0
 
 
 PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_arguments,
          "support": reward_support, "economy": reward_economy}
 
 
-def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float | None]:
-    """The reward and its parts. A part that does not apply is None and left out of the mean."""
+def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float]:
+    """The reward and its parts. Without a useful call, a trace earns only grammar and support."""
     if trace.status != "answered":
-        zeros = dict.fromkeys(("reward", "em", "answer", "consistency"), 0.0)
-        return {**zeros, **dict.fromkeys(PARTS), "grammar": 0.0}
+        return dict.fromkeys(("reward", "em", "answer", "consistency", *PARTS), 0.0)
     evidence = collect_evidence(trace)
     parts = {name: part(trace, evidence) for name, part in PARTS.items()}
-    applicable = [value for value in parts.values() if value is not None]
-    consistency = sum(applicable) / len(applicable)
+    if parts["economy"] == 0:
+        parts["valid"] = parts["arguments"] = 0.0
+    consistency = sum(parts.values()) / len(parts)
     em = 0.0
     answer = 0.0
     if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
@@ -396,7 +392,8 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
     valid = [call for call in trace.calls if call.error is None]
     support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
     return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
-            "grammar": float(answered), "support": support, "calls": len(trace.calls),
+            "grammar": reward_grammar(trace, []) if answered else 0.0, "support": support,
+            "calls": len(trace.calls),
             "valid_calls": len(valid), "length": sum(trace.mask)}
 
 
@@ -497,10 +494,9 @@ GRPO_COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finish
 
 
 def summary(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> dict[str, float]:
-    """Means over the traces of a rollout. A part of the reward is averaged where it applies."""
+    """Means over the traces of a rollout."""
     def mean(values: list) -> float:
-        values = [float(value) for value in values if value is not None]
-        return sum(values) / len(values) if values else 0.0
+        return sum(values) / len(values)
 
     row = {name: mean([r[name] for r in rewards]) for name in rewards[0]}
     groups = [traces[i:i + config.group] for i in range(0, len(traces), config.group)]

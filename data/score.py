@@ -1,8 +1,7 @@
-"""Exact match and token F1 by the official rules, a confidence interval, evidence in texts."""
+"""Exact match and token F1 by the official rules, and a confidence interval."""
 import re
 import string
 from collections import Counter
-from itertools import chain
 
 import numpy as np
 
@@ -65,29 +64,7 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --------------------------------------------------------- texts, for the reward in grpo.py
-
-
-def leaves(value: object) -> list:
-    """The strings and numbers inside a JSON value, without true, false and null."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return list(chain.from_iterable(map(leaves, value)))
-    return [] if value is None or isinstance(value, bool) else [value]
-
-
 def holds(text: object, part: object) -> bool:
     """Whether `part` occurs in `text` as whole words, both after the scorer's normaliser."""
     want = normalize(str(part))
     return bool(want) and f" {want} " in f" {normalize(str(text))} "
-
-
-def same(a: object, b: object) -> bool:
-    """Whether two values are equal after the scorer's normaliser, and not empty."""
-    return normalize(str(a)) == normalize(str(b)) != ""
-
-
-def words(*values: object) -> set[str]:
-    """The normalised words of some values."""
-    return set(normalize(" ".join(map(str, values))).split())

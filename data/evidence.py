@@ -1,0 +1,183 @@
+"""What one call of a trace adds to what was told before, for the reward in grpo.py.
+
+Words are tokens of data/words.py. Sources are lists of tokens: of the question, and of each result
+of earlier turns.
+"""
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain, combinations, product
+
+from data import tools
+from data.words import (
+    STOP,
+    content,
+    flat,
+    is_number,
+    is_told,
+    leaves,
+    names,
+    near,
+    numbers,
+    tokens,
+    topics,
+)
+
+UTILITIES = {spec["name"] for spec in tools.UTILITIES}
+SHORT = 12  # a longer result is running text
+
+# ------------------------------------------------------------------------------ arguments of a call
+
+LIMIT = re.compile(r"\b(top_?k|k|limit|max\w*|num\w*|page|number of results|how many)\b", re.I)
+
+
+def is_option(name: str, value: object, schema: dict) -> bool:
+    """Whether an argument chooses how the tool works, such as a number of results or a language."""
+    if value is None or isinstance(value, bool) or "enum" in schema or "const" in schema:
+        return True
+    if schema.get("type") == "integer" and LIMIT.search(f"{name} {schema.get('description', '')}"):
+        return True
+    return name in ("lang", "language", "locale") and len(str(value)) <= 5
+
+
+def arguments(value: object, schema: object, name: str = "") -> list:
+    """The strings and numbers of an argument that need a source: no options, but unknown keys."""
+    schema = schema if isinstance(schema, dict) else {}
+    if is_option(name, value, schema):
+        return []
+    if isinstance(value, list):
+        return flat(arguments(item, schema.get("items")) for item in value)
+    if not isinstance(value, dict):
+        return [value]
+    known = schema.get("properties", {})
+    found = [key for key in value if key not in known]
+    for key, part in value.items():
+        found += arguments(part, known.get(key), key)
+    return found
+
+
+def is_grounded(value: object, sources: list[list[str]], known: set[str], named: bool) -> bool:
+    """Whether an argument was told: its names and numbers, and at least half of its other words.
+
+    known: the starts of the words in all sources and in the tool's definition. named: the call
+    holds a name that was told. Then up to three words that say what is asked about it are free.
+    """
+    text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
+    if not all(is_told(topic, sources) for topic in names(text) + [[n] for n in numbers(text)]):
+        return False
+    words = [word for word in tokens(text) if word not in STOP] or flat(names(text))
+    untold = sum(word[:5] not in known for word in words)
+    return bool(words) and (untold <= len(words) / 2 or (named and untold <= 3))
+
+
+# ------------------------------------------------------------------------------------ what is new
+
+
+@dataclass
+class Evidence:
+    """One call as the reward sees it. Words are tokens."""
+    call: object             # an agents.Call
+    turn: int                # index of its turn
+    repeated: bool           # an equal call came before
+    grounded: list[bool]     # for each argument: was it told before?
+    own: set[str]            # the words of its arguments
+    topics: list[list[str]]  # each name and number in its arguments
+    told: list[str]          # the words of its observation; [] if it is no evidence
+    new: set[str]            # of these, the words that neither question nor arguments hold
+    thing: tuple[str, ...]   # the name in the question that its arguments are about, or ()
+
+    @property
+    def result(self) -> set[str]:
+        """The words of its observation, evidence or not."""
+        return set(tokens(leaves(self.call.observation)))
+
+
+def weigh(call, tool, turn: int, question: str, sources: list[list[str]]) -> Evidence:
+    """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
+    given = arguments(call.arguments, tool.parameters if tool else {})
+    definition = tokens(tool.definition) if tool else []
+    known = {word[:5] for word in chain(*sources, definition)}  # "direc": director, directed
+    named = any(is_told(name, sources) for name in flat(map(names, given)))
+    grounded = [is_grounded(value, sources, known, named) for value in given]
+    own = set(flat(map(tokens, [*given, *leaves(call.arguments)])))
+    told = observed(call.observation) if call.succeeded else []
+    if not counts(call, given, grounded, len(told), question, sources):
+        told = []
+    told = without(told, [word for word in own if word[:5] not in known])
+    new = set(told) - set(sources[0]) - own
+    about = flat(map(topics, given))
+    return Evidence(call, turn, False, grounded, own, about, told, new, thing_of(own, question))
+
+
+def thing_of(own: set[str], question: str) -> tuple[str, ...]:
+    """The name in the question that these words are about: at least half of it is among them."""
+    things = names(question) or [[word] for word in content(question)]
+    shares = [(len(own & set(thing)) / len(thing), len(thing), thing) for thing in things]
+    share, _, thing = max(shares, default=(0, 0, []))
+    return tuple(thing) if share >= 0.5 else ()
+
+
+NOTHING = re.compile(r"\b(no|not|nothing|none|unknown)\b.*\b(found|information|results?|records?|"
+                     r"data|match(es)?|available|known|exists?)\b", re.I)
+
+
+def observed(observation: dict) -> list[str]:
+    """The tokens of a result. [] if it only says that nothing was found."""
+    text = " ; ".join(map(str, leaves(observation)))
+    found = tokens(text)
+    return [] if len(found) <= SHORT and NOTHING.search(text) else found
+
+
+def counts(call, given: list, grounded: list[bool], length: int, question: str,
+           sources: list[list[str]]) -> bool:
+    """Whether a result is evidence. A short one is none if an argument came from nowhere: the tool
+    may only write out what the agent brought up. Arguments of stop words bring up nothing.
+    """
+    if call.name in UTILITIES:
+        return all(grounded) and computed(call, question, sources)
+    pairs = zip(given, grounded, strict=True)
+    return length > SHORT or all(told or set(tokens(value)) <= STOP for value, told in pairs)
+
+
+def without(text: list[str], echo: list[str]) -> list[str]:
+    """The tokens of a text that are not in echo, not even in another spelling."""
+    close = flat(get_close_matches(word, set(text), len(text) or 1, 0.74) for word in echo)
+    return [word for word in text if word not in close]
+
+
+def computed(call, question: str, sources: list[list[str]]) -> bool:
+    """Whether a utility's result follows from what was told: at least two inputs that differ."""
+    given = call.arguments
+    if call.name == "calculator":  # a number that is used twice can make any result
+        inputs = numbers(given.get("expression"))
+        return len(set(inputs)) == len(inputs) > 1 and all(is_told([n], sources) for n in inputs)
+    if call.name == "date_difference":
+        return given.get("start") != given.get("end")
+    inputs = {tuple(tokens(value)) for value in leaves(given.get("values") or given.get("items"))}
+    results = sources[1:]  # compare and count work on what was looked up
+    if call.name == "count":  # the items of one list, if the question asks for their number
+        asked = re.search(r"how many|number", question, re.I)
+        return bool(asked) and len(inputs) > 1 and is_told(chain(*inputs), results)
+    return len(inputs) > 1 and all(is_told(value, results) for value in inputs)
+
+
+def holding(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups whose result holds the answer. Their arguments don't, or an earlier one holds it.
+    """
+    found: list[Evidence] = []
+    for e in lookups:
+        completes = e.own and e.own <= set(answer) and len(e.told) <= SHORT  # "Ada" to "Ada Bo"
+        is_new = not set(answer) <= e.own and not completes
+        if near(answer, e.told) and (found or is_new):
+            found.append(e)
+    return found
+
+
+def is_difference(answer: list[str], lookups: list[Evidence]) -> bool:
+    """Whether the answer is the difference of two numbers from two short results."""
+    short = [e for e in lookups if len(e.told) <= SHORT]
+    for a, b in combinations(short, 2):
+        for x, y in product(filter(is_number, a.told), filter(is_number, b.told)):
+            if tokens(abs(float(x) - float(y))) == answer:
+                return True
+    return False
