@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from agents import UTILITIES, AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import SHORT, Evidence, holding, is_difference, weigh
+from data.evidence import SHORT_RESULT, Evidence, holding, is_difference, is_used, weigh
 from data.prompts import LONG
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
@@ -150,7 +150,7 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
         return compared(trace, lookups)
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
-    lookups = [e for e in lookups if len(e.told) <= SHORT or len(question & e.own) < whole]
+    lookups = [e for e in lookups if len(e.told) <= SHORT_RESULT or len(question & e.own) < whole]
     for parts in ([answer], map(content, re.split(r"[,;&]|\band\b", trace.answer))):
         found = [holding(part, lookups) for part in parts]
         if all(found):
@@ -198,14 +198,11 @@ def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
     A call is of use if it supports the answer, if a name or number that it told is an argument of
     a later call, or, once the answer is supported, if it alone is about a thing in the question.
     """
-    useful = supporting(trace, evidence)
-    supported = bool(useful)
+    supported = supporting(trace, evidence)
+    useful = [e for e in evidence if e in supported or is_used(e, evidence)]
     for e in evidence:
-        later = [other for other in evidence if other.turn > e.turn and other.told]
-        used = chain(*[other.topics for other in later if not other.repeated])
-        is_used = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in used)
-        alone = supported and e.new and e.thing and e.thing not in [u.thing for u in useful]
-        if (is_used or alone) and not e.repeated and e not in useful:
+        alone = e.new and e.thing and e.thing not in [other.thing for other in useful]
+        if supported and alone and not e.repeated:
             useful.append(e)
     return len(useful) / len(evidence) if evidence else 0.0
 

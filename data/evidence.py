@@ -24,11 +24,11 @@ from data.words import (
 )
 
 UTILITIES = {spec["name"] for spec in tools.UTILITIES}
-SHORT = 12  # a longer result is running text
+SHORT_RESULT = 12  # words; a longer result is running text
 
 # ------------------------------------------------------------------------------ arguments of a call
 
-LIMIT = re.compile(r"\b(top_?k|k|limit|max\w*|num\w*|page|number of results|how many)\b", re.I)
+LIMIT = re.compile(r"\b(top_?k|k|n|limit|max_\w+|num_\w+|page|(number of|how many) results)\b", re.I)
 
 
 def is_option(name: str, value: object, schema: dict) -> bool:
@@ -125,7 +125,7 @@ def observed(observation: dict) -> list[str]:
     """The tokens of a result. [] if it only says that nothing was found."""
     text = " ; ".join(map(str, leaves(observation)))
     found = tokens(text)
-    return [] if len(found) <= SHORT and NOTHING.search(text) else found
+    return [] if len(found) <= SHORT_RESULT and NOTHING.search(text) else found
 
 
 def counts(call, given: list, grounded: list[bool], length: int, question: str,
@@ -136,7 +136,7 @@ def counts(call, given: list, grounded: list[bool], length: int, question: str,
     if call.name in UTILITIES:
         return all(grounded) and computed(call, question, sources)
     pairs = zip(given, grounded, strict=True)
-    return length > SHORT or all(told or set(tokens(value)) <= STOP for value, told in pairs)
+    return length > SHORT_RESULT or all(told or set(tokens(value)) <= STOP for value, told in pairs)
 
 
 def without(text: list[str], echo: list[str]) -> list[str]:
@@ -166,16 +166,25 @@ def holding(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
     """
     found: list[Evidence] = []
     for e in lookups:
-        completes = e.own and e.own <= set(answer) and len(e.told) <= SHORT  # "Ada" to "Ada Bo"
+        # A short result that only completes the arguments, "Ada" to "Ada Bo", is no evidence.
+        completes = e.own and e.own <= set(answer) and len(e.told) <= SHORT_RESULT
         is_new = not set(answer) <= e.own and not completes
         if near(answer, e.told) and (found or is_new):
             found.append(e)
     return found
 
 
+def is_used(e: Evidence, evidence: list[Evidence]) -> bool:
+    """Whether a name or number that a call told is an argument of a call in a later turn."""
+    later = [other for other in evidence if other.turn > e.turn and other.told]
+    used = flat(other.topics for other in later if not other.repeated)
+    told = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in used)
+    return told and not e.repeated
+
+
 def is_difference(answer: list[str], lookups: list[Evidence]) -> bool:
     """Whether the answer is the difference of two numbers from two short results."""
-    short = [e for e in lookups if len(e.told) <= SHORT]
+    short = [e for e in lookups if len(e.told) <= SHORT_RESULT]
     for a, b in combinations(short, 2):
         for x, y in product(filter(is_number, a.told), filter(is_number, b.told)):
             if tokens(abs(float(x) - float(y))) == answer:

@@ -11,10 +11,17 @@ DAY = r"(\d\d?)(?:st|nd|rd|th)?"
 DAY_FIRST = re.compile(rf"\b{DAY} (?:of )?{MONTH},? (\d{{4}})\b")
 MONTH_FIRST = re.compile(rf"\b{MONTH} {DAY},? (\d{{4}})\b")
 ISO = r"\d{4}-\d\d-\d\d(?!\w)"
-NUMBER = r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)"
-TOKEN = re.compile(rf"{ISO}|{NUMBER}|[^\W_]+")
+NUMBER = r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+SCALED = re.compile(rf"({NUMBER}) (thousand|million|billion)\b")
+SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9}
+TOKEN = re.compile(rf"{ISO}|{NUMBER}|[^\W_]+")  # "12km" is two tokens
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-                "ten", "eleven", "twelve"]
+                "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen",
+                "seventeen", "eighteen", "nineteen", "twenty"]
+INITIALS = re.compile(r"\b(?:[A-Za-z]\. ?){2,}")  # U.S., J. K.
+# Letters that Unicode does not split into a letter and an accent, and other signs.
+LETTERS = str.maketrans({"\u2019": "'", "\u2212": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
+                         "đ": "d", "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe"})
 # Words that do not say what is asked or looked up.
 STOP = set(re.findall(r"\w+", """
     a about after all also am an and any are as at be been before both but by did do does each first
@@ -34,10 +41,11 @@ def plain(text: str) -> str:
         number = [name[:3] for name in MONTHS].index(month) + 1
         return f"{year}-{number:02}-{int(day):02}"
 
-    text = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
+    text = unicodedata.normalize("NFKD", text.translate(LETTERS))
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = re.sub(r"(?<=\w)'s\b", "", text)
-    text = re.sub(r"\b(?:[A-Za-z]\.){2,}", lambda found: found[0].replace(".", ""), text)
+    text = INITIALS.sub(lambda found: re.sub(r"[. ]", "", found[0]) + " ", text)
+    text = SCALED.sub(lambda n: f"{float(n[1].replace(',', '')) * SCALES[n[2]]:.0f}", text)
     text = DAY_FIRST.sub(lambda date: iso(date[3], date[2], date[1]), text)
     return MONTH_FIRST.sub(lambda date: iso(date[3], date[1], date[2]), text)
 
