@@ -525,6 +525,16 @@ def test_strict_json_counts_objects_and_lists(most):
         strict_json("[" * most + "{}" + "]" * most, most)
 
 
+def test_strict_json_counts_no_bracket_inside_a_string():
+    value = {"code": "x = {'a': [1]}; \\\"[" * 100, "b": [{}]}
+    assert strict_json(json.dumps(value), most=3) == value
+    with pytest.raises(Rejected, match="too deep"):
+        strict_json(json.dumps(value), most=2)
+    for text in ("[" * 100_000, '{"a":' * 100_000, '"' + "[" * 300, '"\\"' * 100_000):
+        with pytest.raises(Rejected):
+            strict_json(text, most=10 ** 6)
+
+
 def test_the_first_error_is_one_short_line():
     tool = Tool("f", "d", object_of(a={"type": "string", "maxLength": 3}, b={"multipleOf": 0.01}), object_of())
     assert first_error(tool.parameters, {"a": "xyz", "b": 1}) is None
