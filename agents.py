@@ -175,7 +175,11 @@ class Call:
 
     @property
     def succeeded(self) -> bool:
-        return self.error is None and "error" not in (self.observation or {})
+        """A real tool may report an error as its only text."""
+        result = self.observation or {}
+        texts = [text for text in result.values() if isinstance(text, str) and text]
+        failed = len(texts) == 1 and re.match(r"(?i)error\b", texts[0])
+        return not (self.error or result.get("error") or failed)
 
 
 @dataclass

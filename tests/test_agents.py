@@ -720,6 +720,17 @@ def test_a_call_that_fits_is_made(call):
     assert call.error is None and call.observation == {"got": [call.name, call.arguments]} and call.succeeded
 
 
+@pytest.mark.parametrize("observation, succeeded", [
+    ({"r": "x"}, True), ({}, True), (None, True), ({"error": "", "response": "x"}, True), ({"error": None, "r": 1}, True),
+    ({"error": False, "r": 1}, True), ({"error": "x"}, False), ({"error": "x", "r": 1}, False), ({"error": True}, False),
+    ({"error": {"code": 1}}, False), ({"result": "Error: user not found"}, False), ({"result": "ERROR 404"}, False),
+    ({"status": 404, "message": "error: x", "data": ""}, False), ({"title": "Error", "by": "Al"}, True),
+    ({"result": "No error"}, True), ({"title": "Errors and Expectations"}, True), ({"result": ["error"]}, True)], ids=str)
+def test_an_error_in_any_form_is_no_success(observation, succeeded):
+    assert Call("f", {}, observation=observation).succeeded == succeeded
+    assert not Call("f", {}, "unknown tool", observation).succeeded
+
+
 def test_observations_stand_in_the_order_of_the_calls(tokenizer):
     """Only the order links a call and its result. Utility tools, refused calls and the backend are mixed here."""
     calls = [("country", {"city": "Velka"}), ("nothing", {}), ("calculator", {"expression": "2*3"}),
