@@ -37,7 +37,7 @@ QUESTIONS = [
     ("Where was Bo born?", "Velka", act(("birthplace", {"person": "Bo"})), say(" velka."), ""),
     ("Where was Ada born?", "Doka", act(("birthplace", {"person": "Ada"})), say("in Velka"),
      "wrong answer"),
-    ("Is Cy born?", "yes", "hello", "", "malformed: no thought"),
+    ("Is Cy born?", "yes", "hello", "", "malformed: neither call nor answer"),
     ("Where was Di born?", "Suna",
      act(("birthplace", {"person": "Di"}), thought="It is Suna, I think."), say("Suna"),
      "answer in the first thought"),
@@ -166,8 +166,8 @@ def test_samples_are_averaged_and_the_first_is_predicted(stand_in, folder, data,
     real = agents.parse_turn
     answers = iter(["Velka", "velka", "x", "y", "x", "x"])
 
-    def parse_turn(text):
-        turn = real(text)
+    def parse_turn(text, plain_answer=False):
+        turn = real(text, plain_answer)
         if turn.answer is not None:
             turn.answer = next(answers)
         return turn

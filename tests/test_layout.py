@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 412, "grpo.py": 590, "sft.py": 400,
          "run.py": 237, "agents.py": 600, "model.py": 760, "data/read.py": 220,
          "data/tools.py": 240, "data/score.py": 120, "data/world.py": 480, "data/schema.py": 120,
-         "data/tokenizer.py": 110, "data/training.py": 110, "data/__init__.py": 60}
+         "data/tokenizer.py": 110, "data/training.py": 110, "data/turns.py": 150,
+         "data/__init__.py": 60}
 GROUPS = {  # files: bytes and lines together
     ("model", "agents", "sft", "grpo", "mtr"): (118_000, 2500),
     ("run", "evaluate", "report"): (38_000, 740)}
@@ -127,7 +128,7 @@ def complexity(text):
 
 
 def test_every_source_file_has_a_ceiling():
-    assert sorted(LINES) == SOURCES and len(SOURCES) == 16
+    assert sorted(LINES) == SOURCES and len(SOURCES) == 17
 
 
 @pytest.mark.parametrize("name", LINES)
