@@ -532,6 +532,19 @@ def test_a_first_thought_may_name_what_the_question_named(thought, want):
     assert evaluate.why_not(trace, item) == want
 
 
+@pytest.mark.parametrize("said, want", [
+    (["<tool_call>{'name': 'f'}", "<think>t</think>Ed"], "a turn without a thought"),
+    (["<think>t</think>I do. <tool_call>{'name': 'f'}", "Ed"], "a turn without a thought"),
+    (["<think> </think><tool_call>{}</tool_call>", "Ed"], "refused call: a call has name and argume"),
+    (["<think>t<tool_call>{'name': 'f'}", "<think>u</think>Ed"], "")])
+def test_a_loose_trace_is_kept_if_each_turn_has_a_thought(said, want):
+    """A kept trace is written anew in the strict form, which begins with a thought."""
+    turns = [agents.parse_turn(text, plain_answer=True) for text in said]
+    assert all(turn.departures for turn in turns)
+    trace = agents.Trace("Who?", turns=turns, status="answered")
+    assert evaluate.why_not(trace, Item("q", "Who?", ["Ed"], "few", "common")) == want
+
+
 def test_a_question_that_is_too_long_is_a_reason():
     item = Item("q", "Who?", ["Ed"], "few", "common")
     trace = agents.Trace(item.text, status="truncated")
