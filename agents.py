@@ -20,14 +20,8 @@ import numpy as np
 import data.tools
 from data import printable
 from data.prompts import CLOSED_BOOK, Prompts
-from data.schema import (
-    Rejected,
-    check_function,
-    check_schema,
-    first_error,
-    object_schema,
-    strict_json,
-)
+from data.schema import Rejected, check_function, check_schema, first_error, object_schema
+from data.turns import find_objects, read_object, read_turn, unwrap
 
 # ---------------------------------------------------------------------------------------- protocol
 # Qwen2.5's chat and tool format: the chat_template of Qwen2.5-Instruct's tokenizer_config.json.
@@ -167,64 +161,54 @@ class Call:
 
     @property
     def succeeded(self) -> bool:
-        return self.error is None and "error" not in (self.observation or {})
+        """A real tool may report an error as its only text."""
+        result = self.observation or {}
+        texts = [text for text in result.values() if isinstance(text, str) and text]
+        failed = len(texts) == 1 and re.match(r"(?i)error\b", texts[0])
+        return not (self.error or result.get("error") or failed)
 
 
 @dataclass
 class Turn:
-    """One turn of AutoAgent. The grammar is <think>...</think>, then calls or one <answer>."""
+    """One turn of AutoAgent. The strict form: <think>...</think>, then calls or one <answer>.
+
+    Any turn with a call or an answer is read. A closed thought and text beside the tags hold
+    neither. Beside calls, an answer does not count. Two different answers are none.
+    """
     thought: str = ""
     calls: list[Call] = field(default_factory=list)
     answer: str | None = None
-    error: str | None = None  # how the turn breaks the grammar
+    error: str | None = None  # why it is malformed: it holds neither
     departures: list[str] = field(default_factory=list)
 
 
-# Any text is parsed in linear time. THOUGHT and ANSWER are matched only at the start. CALLS gets
-# the text up to the last closing tag: after it, each opening tag would scan to the end in vain.
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-CALLS = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
-
-
-def parse_turn(text: str) -> Turn:
+def parse_turn(text: str, plain_answer: bool = False) -> Turn:
     """Parse a turn without its <|im_end|>. Every string gives a Turn, perhaps with an error.
 
-    Calls and answers inside the thought don't count. Nothing may follow the answer or last call.
+    plain_answer: whether text without a tag is an answer.
     """
-    match = THOUGHT.fullmatch(text)
-    if not match:
-        return Turn(error="no thought")
-    thought = match[1].strip()
-    rest = match[2].strip()
-    if "<think>" in thought:
-        return Turn(error="nested thought")
-    if match := ANSWER.fullmatch(rest):
-        if "<" in match[1]:
-            return Turn(error="tag in the answer")
-        return Turn(thought, answer=match[1].strip())
-    before, last_tag, after = rest.rpartition("</tool_call>")
-    calls = before + last_tag
-    bodies = CALLS.findall(calls)
-    if not bodies:
-        found = "<answer>" in rest
-        return Turn(error="answer not alone" if found else "neither call nor answer")
-    if CALLS.sub("", calls) or after:
-        return Turn(error="text beside the calls")
-    return Turn(thought, [parse_call(body) for body in bodies])
+    notes: list[str] = []
+    thought, calls, answer, error = read_turn(text, plain_answer, notes)
+    parsed = [parse_call(call, notes) for call in calls]
+    return Turn(thought, parsed, answer, error, list(dict.fromkeys(notes)))
 
 
-def parse_call(text: str) -> Call:
-    """Parse the body of a <tool_call>. A bad body gives a Call with an error; the trace goes on."""
+def parse_call(text: str, notes: list[str]) -> Call:
+    """Parse the JSON of a call. If it is bad, the Call has an error; the trace goes on."""
     try:
-        call = strict_json(text)
+        call = unwrap(text, notes)
+        if not isinstance(call.get("arguments"), dict):
+            notes.append("arguments in another form")
+        arguments = call.pop("arguments" if "arguments" in call else "parameters", None) or {}
+        if isinstance(arguments, str):
+            arguments = read_object(arguments, notes)
+        name = call.pop("name", None)
+        if call or not isinstance(name, str) or not isinstance(arguments, dict):
+            raise Rejected("a call has name and arguments")
+        return Call(name, arguments)
     except Rejected as error:
+        notes.append("unreadable call")
         return Call(error=str(error))
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
-        return Call(error="a call has name and arguments")
-    if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
-        return Call(error="name is a string, arguments an object")
-    return Call(call["name"], call["arguments"])
 
 
 # ------------------------------------------------------------------------------------------- trace
@@ -296,6 +280,8 @@ class Trace:
                 lines.append(f"  answers   {t.answer}")
             if t.error:
                 lines.append(f"  malformed {t.error}")
+            if t.departures and all(call.observation is not None for call in t.calls):
+                lines.append(f"  departs   {', '.join(t.departures)}")
         if self.status == "truncated":
             lines.append("  truncated")
         return "\n".join(printable(line) for line in lines)
@@ -362,7 +348,10 @@ class AutoAgent:
                 trace.status = "truncated"
                 continue
             if ids[-1] == tokenizer.end:
-                parsed = parse_turn(self.prompts.begin + tokenizer.decode(ids[:-1]))
+                said = self.prompts.begin + tokenizer.decode(ids[:-1])
+                parsed = parse_turn(said, not trace.tools or bool(trace.calls))
+                if self.prompts.begin == CLOSED_BOOK and parsed.calls:
+                    parsed = Turn(error="call with a closed book")
             else:
                 parsed = Turn(error="ends with another stop token than <|im_end|>")
             trace.turns.append(parsed)
@@ -510,10 +499,8 @@ class ToolActor:
 def parse_observation(tool: Tool, text: str) -> dict | None:
     """Parse a ToolActor reply: an object that fits the return schema, or an error; else None."""
     try:
-        value = strict_json(text)
+        value = read_object(text, [])
     except Rejected:
-        return None
-    if not isinstance(value, dict):
         return None
     if set(value) == {"error"} and isinstance(value["error"], str):
         return value
@@ -581,18 +568,18 @@ class ToolMaker:
         return boxes
 
 
-# (?>...) never tries a later closing tag, so any text takes linear time.
+# (?>...) never tries a later tag, so any text takes linear time.
 TOOLS_REPLY = re.compile(
-    r"\s*<think>(?>(.*?)</think>)\s*<kind>(?>(.*?)</kind>)\s*<tools>(.*)</tools>\s*", re.DOTALL)
+    r"(?>.*?<think>)(?>(.*?)</think>)(?>.*?<kind>)(?>(.*?)</kind>)(?>.*?<tools>)(.*)</tools>",
+    re.DOTALL)
 
 
 def parse_tools(text: str) -> tuple[str, str, list[Tool]]:
     """Parse a ToolMaker reply -> thought, kind, tools. Raises Rejected with the reason."""
-    match = TOOLS_REPLY.fullmatch(text)
+    match = TOOLS_REPLY.match(text)
     if not match:
         raise Rejected("no think, kind and tools")
     thought, kind, body = map(str.strip, match.groups())
     if kind not in KINDS:
         raise Rejected("unknown kind")
-    lines = [line for line in body.split("\n") if line.strip()]
-    return thought, kind, check_tools([strict_json(line) for line in lines])
+    return thought, kind, check_tools([unwrap(tool, []) for tool in find_objects(body, [])])

@@ -376,6 +376,9 @@ def why_not(trace: Trace, item: Item) -> str:
     for gold in item.golds:
         if holds(trace.turns[0].thought, gold) and not holds(item.text, gold):
             return "answer in the first thought"
+    # Each turn is taught in the strict form, in which a thought comes first.
+    if not all(turn.thought for turn in trace.turns):
+        return "a turn without a thought"
     return ""
 
 

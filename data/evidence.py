@@ -28,7 +28,8 @@ SHORT_RESULT = 12  # words; a longer result is running text
 
 # ------------------------------------------------------------------------------ arguments of a call
 
-LIMIT = re.compile(r"\b(top_?k|k|n|limit|max_\w+|num_\w+|page|(number of|how many) results)\b", re.I)
+LIMIT = re.compile(r"\b(top_?k|k|n|limit|max_\w+|num_\w+|page|(number of|how many) results)\b",
+                   re.I)
 
 
 def is_option(name: str, value: object, schema: dict) -> bool:

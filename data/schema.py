@@ -9,6 +9,10 @@ class Rejected(ValueError):
     """A model's output can't be used. The message says why, in words that can stand in a prompt."""
 
 
+# A string that is not closed reaches to the end. Else each quote would scan to the end in vain.
+STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+
+
 def strict_json(text: str, most: int = 200) -> object:
     """Parse JSON. Rejected for NaN, infinities, repeated keys and more than `most` containers.
 
@@ -24,7 +28,8 @@ def strict_json(text: str, most: int = 200) -> object:
     def refuse(constant: str) -> None:
         raise Rejected(f"{constant} is not JSON")
 
-    if text.count("[") + text.count("{") > most:
+    outside = STRING.sub("", text)
+    if outside.count("[") + outside.count("{") > most:
         raise Rejected("too deep")
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)

@@ -311,50 +311,33 @@ def test_parse_turn_reads_what_keeps_the_grammar(text, thought, calls, answer):
     assert made == Turn(thought, [Call(*call) for call in calls], answer)
 
 
-MALFORMED = [
+MALFORMED = [  # neither a call nor an answer; test_turns.py has more, and the turns that depart from the strict form
     "", " ", "\n", "hello", "<", "<think>", "</think>", "<think>t", "t</think>", "<think>t</think>",
-    "<think>t</think> hello", "<answer>x</answer>", F, "{}", "<think>t</think>{}",
-    "<answer>x</answer><think>t</think>", "x <think>t</think><answer>x</answer>", f"{F}<think>t</think>",
-    "<think>t</think><answer>x", "<think>t</think>x</answer>", "<think>t</think><answer>",
-    "<think>t</think></answer>", "<think>t<answer>x</answer>", "<think>t<answer>x</answer></think>",
-    f"<think>t{F}</think>", f"<think>t{F}", "<think>t</think><answer>x</answer><answer>x</answer>",
+    "<think>t</think> hello", "{}", "<think>t</think>{}", "<think>t</think>x</answer>", "<think>t</think><answer>",
+    "<think>t</think></answer>", "<think>t<answer>x</answer></think>", f"<think>t{F}</think>",
     "<think>t</think><answer>x</answer> and <answer>y</answer>",
     "<think>t</think><answer><answer>x</answer></answer>", "<think>t</think><answer>x<answer>y</answer>",
-    "<think>t</think><answer>x</answer> y", "<think>t</think>y <answer>x</answer>",
-    "<think>t</think><answer>x</answer>.", "<think>t</think><answer>x</answer></answer>",
-    "<think>t</think><answer>x</answer><think>u</think>",
-    "<think>t</think><think>u</think><answer>x</answer>", "<think>t<think>u</think><answer>x</answer>",
-    "<think>t<think>u</think></think><answer>x</answer>", "<think>t</think></think><answer>x</answer>",
-    f"<think>t</think>{F}<answer>x</answer>", f"<think>t</think><answer>x</answer>{F}",
-    f"<think>t</think><answer>{F}</answer>", f"<think>t</think>{F} done", f"<think>t</think>now {F}",
-    f"<think>t</think>{F} and {F}", f"<think>t</think>{F}</tool_call>",
-    '<think>t</think><tool_call>{"name": "f", "arguments": {}}', "<think>t</think></tool_call>",
-    "<think>t</think><tool_call>", f"<think>t</think>{F}<tool_call>", f"<think>t</think>{F}<think>u</think>",
-    # the policy writes an observation itself
-    f'<think>t</think>{F}\n<tool_response>\n{{"a": "x"}}\n</tool_response>',
-    f"<think>t</think>{F}\n<tool_response>\n{{}}\n</tool_response>\n<think>u</think>\n<answer>x</answer>",
-    "<think>t</think><tool_response>{}</tool_response>", "<think>t</think><answer>x</answer><|im_start|>user",
-    "<THINK>t</THINK><ANSWER>x</ANSWER>", "<think >t</think><answer>x</answer>",
-    "<think>t</think><answer>x</ answer>", "&lt;think&gt;t&lt;/think&gt;",
-    "<think>t</think>\x00<answer>x</answer>", "\ufeff<think>t</think><answer>x</answer>",
+    f"<think>t</think><answer>{F}</answer>", "<think>t</think></tool_call>", "<think>t</think><tool_call>",
+    "<think>t</think><tool_response>{}</tool_response>", "<THINK>t</THINK><ANSWER>x</ANSWER>",
+    "&lt;think&gt;t&lt;/think&gt;",
 ]
 
 
 @pytest.mark.parametrize("text", MALFORMED)
 def test_parse_turn_names_what_breaks_the_grammar(text):
     made = parse_turn(text)
-    assert made.error and made.answer is None and made.calls == []
+    assert made.error and made.answer is None and made.calls == [] and made.error in made.departures
 
 
 UNREADABLE = [
     "", " ", "f", "f(1)", "{", "}", "null", "true", "3", "NaN", '"f"', "[]", '["f", {}]',
-    '[{"name": "f", "arguments": {}}]', "{}", '{"name": "f"}', '{"arguments": {}}',
-    '{"name": "f", "parameters": {}}', '{"name": "f", "arguments": {}, "id": 1}',
+    '[{"name": "f", "arguments": {}}]', "{}", '{"arguments": {}}',
+    '{"name": "f", "arguments": {}, "parameters": {}}', '{"name": "f", "arguments": {}, "x": 1}',
     '{"name": "f", "arguments": {}', '{"name": "f", "arguments": {},}',
     '{"name": "f", "arguments": {"a": 1,}}', "{'name': 'f', 'arguments': {}}", '{name: "f", arguments: {}}',
     '{"name": "f", "arguments": {}} {}', '{"name": "f", "arguments": {}}{"name": "f", "arguments": {}}',
-    '{"name": "f", "arguments": {} // none\n}', '{"name": "f", "arguments": "{}"}',
-    '{"name": "f", "arguments": []}', '{"name": "f", "arguments": null}', '{"name": "f", "arguments": 3}',
+    '{"name": "f", "arguments": {} // none\n}', '{"name": "f", "arguments": "{"}',
+    '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "null"}', '{"name": "f", "arguments": 3}',
     '{"name": 3, "arguments": {}}', '{"name": null, "arguments": {}}', '{"name": ["f"], "arguments": {}}',
     '{"Name": "f", "arguments": {}}', '{"name": "f", "arguments": {"a": NaN}}',
     '{"name": "f", "arguments": {"a": -Infinity}}', '{"name": "f", "name": "g", "arguments": {}}',
@@ -367,8 +350,8 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("text", UNREADABLE, ids=lambda text: text[:40])
 def test_parse_call_gives_an_error_and_nothing_to_run(text):
-    """The call has an error, no name and no arguments."""
-    made = parse_call(text)
+    """The call has an error, no name and no arguments. parse_call gets the objects that find_objects made strict."""
+    made = parse_call(text, [])
     assert made.error and made.name == "" and made.arguments == {} and not made.succeeded
 
 
@@ -379,7 +362,7 @@ def test_parse_call_gives_an_error_and_nothing_to_run(text):
     ('{"name": "", "arguments": {"a": "\\u003cb\\u003e"}}', "", {"a": "<b>"}),
 ])
 def test_parse_call_reads_a_call(text, name, arguments):
-    assert parse_call(text) == Call(name, arguments)
+    assert parse_call(text, []) == Call(name, arguments)
 
 
 AWKWARD = ['"\\ud800"', '{"\\udfff": 1}', "1e999", "[-1e999]", "1" + "0" * 400, '"' + "x" * 9999 + '"',
@@ -526,6 +509,16 @@ def test_strict_json_counts_objects_and_lists(most):
         strict_json("[" * most + "{}" + "]" * most, most)
 
 
+def test_strict_json_counts_no_bracket_inside_a_string():
+    value = {"code": "x = {'a': [1]}; \\\"[" * 100, "b": [{}]}
+    assert strict_json(json.dumps(value), most=3) == value
+    with pytest.raises(Rejected, match="too deep"):
+        strict_json(json.dumps(value), most=2)
+    for text in ("[" * 100_000, '{"a":' * 100_000, '"' + "[" * 300, '"\\"' * 100_000):
+        with pytest.raises(Rejected):
+            strict_json(text, most=10 ** 6)
+
+
 def test_the_first_error_is_one_short_line():
     tool = Tool("f", "d", object_of(a={"type": "string", "maxLength": 3}, b={"multipleOf": 0.01}), object_of())
     assert first_error(tool.parameters, {"a": "xyz", "b": 1}) is None
@@ -551,12 +544,12 @@ def test_parse_tools_reads_kind_and_tools():
 
 @pytest.mark.parametrize("text, message", [
     ("", "kind"), ("hello", "kind"), (line(), "kind"), (maker_text(line()).replace("</tools>", ""), "tools"),
-    (maker_text(line()) + "x", "tools"), ("x" + maker_text(line()), "tools"),
+    (maker_text(line()).replace("<kind>", "<kin>"), "tools"), (maker_text(line()).replace("</think>", ""), "tools"),
     (maker_text(line(), kind="poem"), "kind"), (maker_text(line(), kind=""), "kind"),
-    (maker_text(), "no tools"), (maker_text("{"), "JSON"), (maker_text("f"), "JSON"),
-    (maker_text("[]"), PARTS_RULE), (maker_text(line().replace('"d"', '"d", "name": "g"')), "repeated"),
+    (maker_text(), "no tools"), (maker_text("{"), "JSON"), (maker_text("f"), "no tools"),
+    (maker_text("[{}]"), PARTS_RULE), (maker_text(line().replace('"d"', '"d", "name": "g"')), "repeated"),
     (maker_text(line(parameters={"type": "object", "minimum": 0}).replace("0}", "NaN}")), "NaN"),
-    (maker_text("[" * 100_000), "too deep"), (maker_text(json.dumps(a_tool(), indent=1)), "JSON"),
+    (maker_text('{"a":' * 100_000), "too deep"), (maker_text(line()[:-1]), "JSON"),
 ], ids=range(16))
 def test_parse_tools_names_what_is_wrong(text, message):
     with pytest.raises(Rejected, match=message):
@@ -687,7 +680,7 @@ PICKY = Tool("picky", "d", {**object_of(["n"], n={"type": "integer"}, o={"enum":
 
 
 @pytest.mark.parametrize("call, says", [
-    (Call("nothing", {}), "unknown tool"), (Call("", {}), "unknown tool"), (parse_call("{"), "JSON"),
+    (Call("nothing", {}), "unknown tool"), (Call("", {}), "unknown tool"), (parse_call("{", []), "JSON"),
     (Call("birthplace", {}), "person"), (Call("birthplace", {"person": 3}), "3"),
     (Call("birthplace", {"person": None}), "None"), (Call("birthplace", {"city": "Velka"}), "person"),
     (Call("picky", {"n": True}), "True"), (Call("picky", {"n": "1"}), "1"),
@@ -709,6 +702,17 @@ def test_a_call_that_fits_is_made(call):
     run_calls([called(call, tools=[BIRTHPLACE, PICKY])],
               real(lambda name, arguments: {"got": [name, arguments]}))
     assert call.error is None and call.observation == {"got": [call.name, call.arguments]} and call.succeeded
+
+
+@pytest.mark.parametrize("observation, succeeded", [
+    ({"r": "x"}, True), ({}, True), (None, True), ({"error": "", "response": "x"}, True), ({"error": None, "r": 1}, True),
+    ({"error": False, "r": 1}, True), ({"error": "x"}, False), ({"error": "x", "r": 1}, False), ({"error": True}, False),
+    ({"error": {"code": 1}}, False), ({"result": "Error: user not found"}, False), ({"result": "ERROR 404"}, False),
+    ({"status": 404, "message": "error: x", "data": ""}, False), ({"title": "Error", "by": "Al"}, True),
+    ({"result": "No error"}, True), ({"title": "Errors and Expectations"}, True), ({"result": ["error"]}, True)], ids=str)
+def test_an_error_in_any_form_is_no_success(observation, succeeded):
+    assert Call("f", {}, observation=observation).succeeded == succeeded
+    assert not Call("f", {}, "unknown tool", observation).succeeded
 
 
 def test_observations_stand_in_the_order_of_the_calls(tokenizer):
@@ -798,7 +802,7 @@ def test_actor_answers_in_order_beyond_its_capacity(tokenizer):
 
 BAD_RESULTS = ["", "Velka", "{", "[]", "null", '"Velka"', "{}", '{"birthplace": 3}', '{"birthplace": NaN}',
                '{"error": 3}',
-               '{"birthplace": "a", "birthplace": "b"}', '{"city": "Velka"}', '{"birthplace": "Velka"} x',
+               '{"birthplace": "a", "birthplace": "b"}', '{"city": "Velka"}', '{"birthplace": "Velka"} {"x": 1}',
                '{"error": "x", "y": 1}']
 
 
@@ -1093,8 +1097,8 @@ def test_a_turn_that_ends_on_endoftext_is_malformed(tokenizer):
         assert trace.turns[-1].error and trace.answer is None and trace.calls == []
 
 
-@pytest.mark.parametrize("text", ["", "hello", "<answer>x</answer>", BO + say("x"),
-                                  f"{BO}\n<tool_response>\n{{}}\n</tool_response>"])
+@pytest.mark.parametrize("text", ["", "hello", say("x") + say("y"), "<think>Done.</think>\nVelka",
+                                  "<think>t</think>\n<tool_response>\n{}\n</tool_response>"])
 def test_a_malformed_turn_ends_the_trace(text, tokenizer):
     trace = play(scripted(tokenizer, in_turn(text)), backend=real(nobody))
     assert trace.status == "malformed" and len(trace.turns) == 1 and trace.ids[-1] == tokenizer.end
@@ -1107,9 +1111,20 @@ def test_the_closed_book_prefix_is_masked(tokenizer):
     assert trace.answer == "Velka" and trace.status == "answered" and trace.turns[0].thought == "I guess."
     assert segments(trace, tokenizer, 0) == [opening() + prefix]
     assert segments(trace, tokenizer, 1) == [" Velka</answer>" + END]
-    for reply in ("Velka", "</answer>" + BO, f"x</answer>\n{call_text('birthplace', {'person': 'Bo'})}"):
-        sampler = scripted(tokenizer, in_turn(reply))
-        assert play(sampler, closed_book=True, backend=real(nobody)).status == "malformed"
+    assert play(scripted(tokenizer, in_turn("Velka")), closed_book=True).answer == "Velka"
+    for reply in (BO, "</answer>" + BO, f"x</answer>\n{call_text('birthplace', {'person': 'Bo'})}"):
+        trace = play(scripted(tokenizer, in_turn(reply)), closed_book=True, backend=real(nobody))
+        assert trace.status == "malformed" and "closed book" in trace.turns[0].error and not trace.calls
+
+
+@pytest.mark.parametrize("said, tools, status", [
+    (["It is Velka."], [BIRTHPLACE], "malformed"), (["It is Velka."], [], "answered"),
+    ([BO, "It is Velka."], [BIRTHPLACE], "answered"), ([BO, BO, "It is Velka. <answer>"], [BIRTHPLACE], "malformed"),
+    (["<tool_call>{</tool_call>", "<think>t</think>It is Velka."], [BIRTHPLACE], "answered")])
+def test_text_without_a_tag_is_the_answer_after_a_call_and_without_tools(said, tools, status, tokenizer):
+    trace = play(scripted(tokenizer, in_turn(*said)), tools=tools)
+    assert trace.status == status and len(trace.turns) == len(said)
+    assert trace.answer == ("It is Velka." if status == "answered" else None)
 
 
 def test_traces_do_not_mix(tokenizer):
@@ -1159,7 +1174,7 @@ def test_a_trace_is_the_same_whatever_batch_it_ran_in(tokenizer, tiny, monkeypat
     model = tiny(vocab=tokenizer.size)
     boost = 7.5 * (torch.arange(tokenizer.size) == tokenizer.end)
     monkeypatch.setattr(model, "head", lambda states, head=model.head: head(states) + boost)
-    monkeypatch.setattr(agents, "parse_turn", lambda text: Turn("", [Call("none")] * (1 + len(text) % 3)))
+    monkeypatch.setattr(agents, "parse_turn", lambda text, plain: Turn("", [Call("none")] * (1 + len(text) % 3)))
 
     def run(questions, group, backwards=False):
         traces = [Trace(q, [], (q, i)) for q in questions for i in range(group)][::-1 if backwards else 1]
@@ -1228,11 +1243,26 @@ def test_record_and_story_hold_everything(tokenizer):
 def test_a_story_names_what_ended_the_trace(tokenizer):
     """A malformed turn has its own line. A truncated trace ends with "truncated"."""
     oops = play(scripted(tokenizer, in_turn("oops")))
-    assert oops.story() == "  malformed no thought"
+    assert oops.story() == ("  malformed neither call nor answer\n"
+                            "  departs   no thought, text beside the tags, neither call nor answer")
     turns = play(scripted(tokenizer, in_turn(BO)), max_turns=1)
     assert turns.story().split("\n")[2:] == ['  observes  {"birthplace": "Velka"}', "  truncated"]
     cut = play(scripted(tokenizer, in_turn(BO)), turn_tokens=3)
     assert cut.story() == "  truncated" and cut.turns == [Turn()]
+
+
+def test_a_story_and_a_record_hold_the_departures(tokenizer):
+    """The line comes with the observations, so a story only grows while its trace does."""
+    stories = []
+    loose = act(("birthplace", {"person": "Bo"})).replace("</tool_call>", "") + "<answer>x</answer>"
+    trace = play(scripted(tokenizer, in_turn(loose, BO, "Velka.")), watch=lambda trace: stories.append(trace.story()))
+    assert trace.record()["turns"][0]["departures"] == trace.turns[0].departures == [
+        "<tool_call> not closed", "answer beside the calls"]
+    assert all(after.startswith(before) for before, after in zip(stories, stories[1:], strict=False))
+    lines = trace.story().split("\n")
+    assert lines[2:4] == ['  observes  {"birthplace": "Velka"}', "  departs   <tool_call> not closed, answer beside the calls"]
+    assert lines[-2:] == ["  answers   Velka.", "  departs   no thought, answer without a tag"]
+    assert len([line for line in lines if "departs" in line]) == 2
 
 
 def test_a_story_has_no_line_for_an_observation_that_did_not_come_yet():

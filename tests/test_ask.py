@@ -121,9 +121,11 @@ def test_it_ends_when_the_turns_run_out(folder, tmp_path, ask, played, words, tu
 
 def test_the_text_of_a_malformed_turn_is_printed(folder, tmp_path, ask, played):
     """Of the last turn only, with its end and in quotes."""
-    played([act(("weather", {"city": "Doka"})), "It \nrains."])
+    played([act(("weather", {"city": "Doka"})), "<answer>It \nrains.</answer></think><answer>No.</answer>"])
     code, last, _ = ask("--model", folder, "Is it raining?", "--tools", write(tmp_path / "tools.json", [WEATHER]))
-    assert (code, last) == (0, "  malformed no thought\n  the turn  'It \\nrains.<|im_end|>'\n")
+    assert (code, last) == (
+        0, "  malformed different answers\n  departs   no thought, text beside the tags, several answers, different answers\n"
+        "  the turn  '<answer>It \\nrains.</answer></think><answer>No.</answer><|im_end|>'\n")
 
 
 @pytest.mark.parametrize("words, temperature", [((), 0.0), (("--temperature", 0.7), 0.7)])

@@ -38,7 +38,7 @@ QUESTIONS = [
     ("Where was Bo born?", "Velka", act(("birthplace", {"person": "Bo"})), say(" velka."), ""),
     ("Where was Ada born?", "Doka", act(("birthplace", {"person": "Ada"})), say("in Velka"),
      "wrong answer"),
-    ("Is Cy born?", "yes", "hello", "", "malformed: no thought"),
+    ("Is Cy born?", "yes", "hello", "", "malformed: neither call nor answer"),
     ("Where was Di born?", "Suna",
      act(("birthplace", {"person": "Di"}), thought="It is Suna, I think."), say("Suna"),
      "answer in the first thought"),
@@ -167,8 +167,8 @@ def test_samples_are_averaged_and_the_first_is_predicted(stand_in, folder, data,
     real = agents.parse_turn
     answers = iter(["Velka", "velka", "x", "y", "x", "x"])
 
-    def parse_turn(text):
-        turn = real(text)
+    def parse_turn(text, plain_answer=False):
+        turn = real(text, plain_answer)
         if turn.answer is not None:
             turn.answer = next(answers)
         return turn
@@ -531,6 +531,19 @@ def test_a_first_thought_may_name_what_the_question_named(thought, want):
     turns = [agents.Turn(thought), agents.Turn("It is Gus.", answer="Ed")]
     trace = agents.Trace(item.text, turns=turns, status="answered")
     assert evaluate.why_not(trace, item) == want
+
+
+@pytest.mark.parametrize("said, want", [
+    (["<tool_call>{'name': 'f'}", "<think>t</think>Ed"], "a turn without a thought"),
+    (["<think>t</think>I do. <tool_call>{'name': 'f'}", "Ed"], "a turn without a thought"),
+    (["<think> </think><tool_call>{}</tool_call>", "Ed"], "refused call: a call has name and argume"),
+    (["<think>t<tool_call>{'name': 'f'}", "<think>u</think>Ed"], "")])
+def test_a_loose_trace_is_kept_if_each_turn_has_a_thought(said, want):
+    """A kept trace is written anew in the strict form, which begins with a thought."""
+    turns = [agents.parse_turn(text, plain_answer=True) for text in said]
+    assert all(turn.departures for turn in turns)
+    trace = agents.Trace("Who?", turns=turns, status="answered")
+    assert evaluate.why_not(trace, Item("q", "Who?", ["Ed"], "few", "common")) == want
 
 
 def test_a_question_that_is_too_long_is_a_reason():

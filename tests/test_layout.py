@@ -14,7 +14,8 @@ LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 412, "grpo.py": 590, "s
          "run.py": 237, "agents.py": 600, "model.py": 760, "data/read.py": 220,
          "data/tools.py": 240, "data/score.py": 80, "data/words.py": 140, "data/evidence.py": 195,
          "data/world.py": 480, "data/schema.py": 120, "data/tokenizer.py": 115,
-         "data/prompts.py": 100, "data/training.py": 110, "data/__init__.py": 60}
+         "data/turns.py": 150, "data/prompts.py": 100, "data/training.py": 110,
+         "data/__init__.py": 60}
 GROUPS = {  # files: bytes and lines together
     ("model", "agents", "sft", "grpo", "mtr"): (118_000, 2500),
     ("run", "evaluate", "report"): (38_000, 740)}
@@ -128,7 +129,7 @@ def complexity(text):
 
 
 def test_every_source_file_has_a_ceiling():
-    assert sorted(LINES) == SOURCES and len(SOURCES) == 19
+    assert sorted(LINES) == SOURCES and len(SOURCES) == 20
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -57,7 +57,7 @@ def follow(run, real, *args, **more):
         yield now["step"]
 
 
-def always_call(text: str) -> agents.Turn:
+def always_call(text: str, plain_answer: bool = False) -> agents.Turn:
     """Parse any turn as one of a few different calls of the fallback tool."""
     return agents.Turn("", [agents.Call("lookup", {"subject": text[:1], "property": "abc"[len(text) % 3]})])
 
