@@ -118,7 +118,7 @@ class GRPOConfig:
 def collect_evidence(trace: Trace) -> list[Evidence]:
     """The evidence of each call. Sources are the question and the results of earlier turns."""
     tools = {tool.name: tool for tool in trace.tools}
-    sources = [tokens(trace.question)]
+    sources = [set(tokens(trace.question))]
     evidence: list[Evidence] = []
     seen: set[str] = set()
     for number, turn in enumerate(trace.turns):
@@ -129,7 +129,7 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
             e.repeated = signature in seen
             seen.add(signature)
             evidence.append(e)
-        sources = sources + [e.told for e in evidence[first:]]
+        sources = sources + [set(e.told) for e in evidence[first:]]
     return evidence
 
 
@@ -150,10 +150,10 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
     lookups = [e for e in lookups if len(e.told) <= SHORT or len(question & e.own) < whole]
-    for parts in ([answer], map(content, re.split(r"[,;&]|\band\b", trace.answer))):
-        found = [holding(part, lookups) for part in parts]
-        if all(found):
-            return list(chain(*found))
+    for parts in ([trace.answer], re.split(r"[,;&]|\band\b", trace.answer)):
+        found = [holding(content(part), lookups) for part in parts if tokens(part)]
+        if found and all(found):
+            return [e for e in lookups if any(e in held for held in found)]
     return compared(trace, lookups) if is_difference(answer, lookups) else []
 
 
