@@ -145,7 +145,8 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
         return [e for e in results if e.told]
     lookups = [e for e in evidence if e.new and not e.repeated]
     question = set(tokens(trace.question))
-    if normalize(trace.answer) in ("yes", "no") or set(answer) <= question:
+    stands_there = set(answer) <= question and 2 * len(set(answer)) <= len(question)
+    if normalize(trace.answer) in ("yes", "no") or stands_there:
         return compared(trace, lookups)
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
@@ -222,8 +223,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
     if parts["economy"] == 0:
         parts["valid"] = parts["arguments"] = 0.0
     consistency = sum(parts.values()) / len(parts)
-    em = 0.0
-    answer = 0.0
+    em = answer = 0.0
     if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
         em = exact_match(trace.answer, golds)
         answer = em or config.partial * f1(trace.answer, golds)
