@@ -29,7 +29,6 @@ Shapes: B traces, T tokens.
 """
 import json
 import random
-import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -144,18 +143,21 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     if results:  # a result of invented inputs supports nothing
         return [e for e in results if e.told]
     lookups = [e for e in evidence if e.new and not e.repeated]
-    question = set(tokens(trace.question))
-    stands_there = set(answer) <= question and 2 * len(set(answer)) <= len(question)
-    if normalize(trace.answer) in ("yes", "no") or stands_there:
+    if is_choice(trace):
         return compared(trace, lookups)
+    question = set(tokens(trace.question))
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
     lookups = [e for e in lookups if len(e.told) <= SHORT or len(question & e.own) < whole]
-    for parts in ([trace.answer], re.split(r"[,;&]|\band\b", trace.answer)):
-        found = [holding(content(part), lookups) for part in parts if tokens(part)]
-        if found and all(found):
-            return [e for e in lookups if any(e in held for held in found)]
-    return compared(trace, lookups) if is_difference(answer, lookups) else []
+    found = holding(trace.answer, lookups)
+    return compared(trace, lookups) if not found and is_difference(answer, lookups) else found
+
+
+def is_choice(trace: Trace) -> bool:
+    """Whether the answer is yes, no, or one of the things that a comparison names."""
+    question, answer = set(tokens(trace.question)), set(content(trace.answer))
+    is_part = answer <= question and 2 * len(answer) <= len(question)  # not the whole question
+    return is_part or normalize(trace.answer) in ("yes", "no")
 
 
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:

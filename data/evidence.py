@@ -1,8 +1,7 @@
 """What one call of a trace adds to what was told before, for the reward in grpo.py.
 
 Words are tokens of data/words.py. Sources are sets of tokens: of the question, and of each result
-of earlier turns.
-"""
+of earlier turns."""
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -50,18 +49,15 @@ def arguments(value: object, schema: object, name: str = "") -> list:
     if not isinstance(value, dict):
         return [value]
     known = schema.get("properties", {})
-    found = [key for key in value if key not in known]
-    for key, part in value.items():
-        found += arguments(part, known.get(key), key)
-    return found
+    unknown = [key for key in value if key not in known]
+    return unknown + flat(arguments(part, known.get(key), key) for key, part in value.items())
 
 
 def is_grounded(value: object, sources: list[set[str]], known: set[str], named: bool) -> bool:
     """Whether an argument was told: its names and numbers, and at least half of its other words.
 
     known: the starts of the words in all sources and in the tool's definition. named: the call
-    holds a name that was told. Then up to three words that say what is asked about it are free.
-    """
+    holds a name that was told. Then up to three words that say what is asked about it are free."""
     text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
     if not all(is_told(topic, sources) for topic in names(text) + [[n] for n in numbers(text)]):
         return False
@@ -131,8 +127,7 @@ def observed(observation: dict) -> list[str]:
 def counts(call, given: list, grounded: list[bool], length: int, question: str,
            sources: list[set[str]]) -> bool:
     """Whether a result is evidence. A short one is none if an argument came from nowhere: the tool
-    may only write out what the agent brought up. Arguments of stop words bring up nothing.
-    """
+    may only write out what the agent brought up. Arguments of stop words bring up nothing."""
     if call.name in UTILITIES:
         return all(grounded) and computed(call, question, sources)
     pairs = zip(given, grounded, strict=True)
@@ -164,9 +159,17 @@ def computed(call, question: str, sources: list[set[str]]) -> bool:
     return min(len(named), len(inputs)) > 1 and all(is_told(value, results) for value in inputs)
 
 
-def holding(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups whose result holds the answer. Their arguments don't, or an earlier one holds it.
-    """
+def holding(answer: str, lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups whose results hold the answer, or, if it is a list, at least one of its items."""
+    for items in ([answer], re.split(r"[,;&]|\band\b", answer)):
+        found = [holding_item(content(item), lookups) for item in items if tokens(item)]
+        if found and all(found):
+            return [e for e in lookups if any(e in group for group in found)]
+    return []
+
+
+def holding_item(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups whose result holds these words, and whose arguments don't, or do so later."""
     found: list[Evidence] = []
     for e in lookups:
         completes = e.own and e.own <= set(answer) and len(e.told) <= SHORT  # "Ada" to "Ada Bo"
