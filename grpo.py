@@ -134,8 +134,7 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
 
 def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     """The calls that support the answer: a utility computed it, or a result holds it that the call
-    itself did not hold. A comparison, yes or no: at least two things were looked up.
-    """
+    itself did not hold. A comparison, yes or no: at least two things were looked up."""
     answer = content(trace.answer)
     if not normalize(trace.answer) and answer not in names(trace.question):
         return []
@@ -161,10 +160,8 @@ def is_choice(trace: Trace) -> bool:
 
 
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups, if they are about at least two of the things that the question names.
-
-    A lookup about what an earlier one told counts as a thing. If the question names only one
-    thing, one is enough for yes or no.
+    """The lookups, if they are about at least two of the things that the question names. One about
+    what an earlier one told is about a thing, too. If there is only one thing, yes or no needs one.
     """
     about = {e.thing for e in lookups if all(e.grounded)}
     alone = len(names(trace.question)) == 1 and normalize(trace.answer) in ("yes", "no")
