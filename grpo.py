@@ -29,7 +29,6 @@ Shapes: B traces, T tokens.
 """
 import json
 import random
-import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ class GRPOConfig:
 def collect_evidence(trace: Trace) -> list[Evidence]:
     """The evidence of each call. Sources are the question and the results of earlier turns."""
     tools = {tool.name: tool for tool in trace.tools}
-    sources = [tokens(trace.question)]
+    sources = [set(tokens(trace.question))]
     evidence: list[Evidence] = []
     seen: set[str] = set()
     for number, turn in enumerate(trace.turns):
@@ -130,14 +129,13 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
             e.repeated = signature in seen
             seen.add(signature)
             evidence.append(e)
-        sources = sources + [e.told for e in evidence[first:]]
+        sources = sources + [set(e.told) for e in evidence[first:]]
     return evidence
 
 
 def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     """The calls that support the answer: a utility computed it, or a result holds it that the call
-    itself did not hold. A comparison, yes or no: at least two things were looked up.
-    """
+    itself did not hold. A comparison, yes or no: at least two things were looked up."""
     answer = content(trace.answer)
     if not normalize(trace.answer) and answer not in names(trace.question):
         return []
@@ -145,24 +143,27 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     if results:  # a result of invented inputs supports nothing
         return [e for e in results if e.told]
     lookups = [e for e in evidence if e.new and not e.repeated]
-    question = set(tokens(trace.question))
-    if normalize(trace.answer) in ("yes", "no") or set(answer) <= question:
+    if is_choice(trace):
         return compared(trace, lookups)
+    question = set(tokens(trace.question))
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
     lookups = [e for e in lookups if len(e.told) <= SHORT_RESULT or len(question & e.own) < whole]
-    for parts in ([answer], map(content, re.split(r"[,;&]|\band\b", trace.answer))):
-        found = [holding(part, lookups) for part in parts]
-        if all(found):
-            return list(chain(*found))
-    return compared(trace, lookups) if is_difference(answer, lookups) else []
+    found = holding(trace.answer, lookups)
+    return compared(trace, lookups) if not found and is_difference(answer, lookups) else found
+
+
+def is_choice(trace: Trace) -> bool:
+    """Whether the answer is yes, no, or one of the things that a comparison names."""
+    question = set(tokens(trace.question))
+    answer = set(content(trace.answer))
+    is_part = answer <= question and 2 * len(answer) <= len(question)  # not the whole question
+    return is_part or normalize(trace.answer) in ("yes", "no")
 
 
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups, if they are about at least two of the things that the question names.
-
-    A lookup about what an earlier one told counts as a thing. If the question names only one
-    thing, one is enough for yes or no.
+    """The lookups, if they are about at least two of the things that the question names. One about
+    what an earlier one told is about a thing, too. If there is only one thing, yes or no needs one.
     """
     about = {e.thing for e in lookups if all(e.grounded)}
     alone = len(names(trace.question)) == 1 and normalize(trace.answer) in ("yes", "no")
@@ -220,8 +221,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
     if parts["economy"] == 0:
         parts["valid"] = parts["arguments"] = 0.0
     consistency = sum(parts.values()) / len(parts)
-    em = 0.0
-    answer = 0.0
+    em = answer = 0.0
     if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
         em = exact_match(trace.answer, golds)
         answer = em or config.partial * f1(trace.answer, golds)

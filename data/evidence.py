@@ -1,8 +1,7 @@
 """What one call of a trace adds to what was told before, for the reward in grpo.py.
 
-Words are tokens of data/words.py. Sources are lists of tokens: of the question, and of each result
-of earlier turns.
-"""
+Words are tokens of data/words.py. Sources are sets of tokens: of the question, and of each result
+of earlier turns."""
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,18 +50,15 @@ def arguments(value: object, schema: object, name: str = "") -> list:
     if not isinstance(value, dict):
         return [value]
     known = schema.get("properties", {})
-    found = [key for key in value if key not in known]
-    for key, part in value.items():
-        found += arguments(part, known.get(key), key)
-    return found
+    unknown = [key for key in value if key not in known]
+    return unknown + flat(arguments(part, known.get(key), key) for key, part in value.items())
 
 
-def is_grounded(value: object, sources: list[list[str]], known: set[str], named: bool) -> bool:
+def is_grounded(value: object, sources: list[set[str]], known: set[str], named: bool) -> bool:
     """Whether an argument was told: its names and numbers, and at least half of its other words.
 
     known: the starts of the words in all sources and in the tool's definition. named: the call
-    holds a name that was told. Then up to three words that say what is asked about it are free.
-    """
+    holds a name that was told. Then up to three words that say what is asked about it are free."""
     text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
     if not all(is_told(topic, sources) for topic in names(text) + [[n] for n in numbers(text)]):
         return False
@@ -93,7 +89,7 @@ class Evidence:
         return set(tokens(leaves(self.call.observation)))
 
 
-def weigh(call, tool, turn: int, question: str, sources: list[list[str]]) -> Evidence:
+def weigh(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
     """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
     given = arguments(call.arguments, tool.parameters if tool else {})
     definition = tokens(tool.definition) if tool else []
@@ -105,7 +101,7 @@ def weigh(call, tool, turn: int, question: str, sources: list[list[str]]) -> Evi
     if not counts(call, given, grounded, len(told), question, sources):
         told = []
     told = without(told, [word for word in own if word[:5] not in known])
-    new = set(told) - set(sources[0]) - own
+    new = set(told) - sources[0] - own
     about = flat(map(topics, given))
     return Evidence(call, turn, False, grounded, own, about, told, new, thing_of(own, question))
 
@@ -130,10 +126,9 @@ def observed(observation: dict) -> list[str]:
 
 
 def counts(call, given: list, grounded: list[bool], length: int, question: str,
-           sources: list[list[str]]) -> bool:
+           sources: list[set[str]]) -> bool:
     """Whether a result is evidence. A short one is none if an argument came from nowhere: the tool
-    may only write out what the agent brought up. Arguments of stop words bring up nothing.
-    """
+    may only write out what the agent brought up. Arguments of stop words bring up nothing."""
     if call.name in UTILITIES:
         return all(grounded) and computed(call, question, sources)
     pairs = zip(given, grounded, strict=True)
@@ -141,12 +136,14 @@ def counts(call, given: list, grounded: list[bool], length: int, question: str,
 
 
 def without(text: list[str], echo: list[str]) -> list[str]:
-    """The tokens of a text that are not in echo, not even in another spelling."""
-    close = flat(get_close_matches(word, set(text), len(text) or 1, 0.74) for word in echo)
+    """The tokens of a text that are not in echo, not even in another spelling. Numbers have one."""
+    close = set(echo)
+    for word in {word for word in echo if not word[-1].isdigit()}:
+        close.update(get_close_matches(word, set(text), len(text) or 1, 0.74))
     return [word for word in text if word not in close]
 
 
-def computed(call, question: str, sources: list[list[str]]) -> bool:
+def computed(call, question: str, sources: list[set[str]]) -> bool:
     """Whether a utility's result follows from what was told: at least two inputs that differ."""
     given = call.arguments
     if call.name == "calculator":  # a number that is used twice can make any result
@@ -159,12 +156,21 @@ def computed(call, question: str, sources: list[list[str]]) -> bool:
     if call.name == "count":  # the items of one list, if the question asks for their number
         asked = re.search(r"how many|number", question, re.I)
         return bool(asked) and len(inputs) > 1 and is_told(chain(*inputs), results)
-    return len(inputs) > 1 and all(is_told(value, results) for value in inputs)
+    named = {tuple(tokens(name)) for name in leaves(given.get("names"))}
+    return min(len(named), len(inputs)) > 1 and all(is_told(value, results) for value in inputs)
 
 
-def holding(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups whose result holds the answer. Their arguments don't, or an earlier one holds it.
-    """
+def holding(answer: str, lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups whose results hold the answer, or, if it is a list, at least one of its items."""
+    for items in ([answer], re.split(r"[,;&]|\band\b", answer)):
+        found = [holding_item(content(item), lookups) for item in items if tokens(item)]
+        if found and all(found):
+            return [e for e in lookups if any(e in group for group in found)]
+    return []
+
+
+def holding_item(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
+    """The lookups whose result holds these words, and whose arguments don't, or do so later."""
     found: list[Evidence] = []
     for e in lookups:
         # A short result that only completes the arguments, "Ada" to "Ada Bo", is no evidence.

@@ -2,14 +2,15 @@
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import chain
 
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September",
           "October", "November", "December"]
-MONTH = f"({'|'.join(month[:3] for month in MONTHS)})[a-z]*\\.?"
+MONTH = f"({'|'.join(f'{month}|{month[:3]}' for month in MONTHS)}|Sept)\\.?"
 DAY = r"(\d\d?)(?:st|nd|rd|th)?"
-DAY_FIRST = re.compile(rf"\b{DAY} (?:of )?{MONTH},? (\d{{4}})\b")
-MONTH_FIRST = re.compile(rf"\b{MONTH} {DAY},? (\d{{4}})\b")
+DAY_FIRST = re.compile(rf"\b{DAY} (?:of )?{MONTH},? (\d{{4}})\b", re.I)
+MONTH_FIRST = re.compile(rf"\b{MONTH} {DAY},? (\d{{4}})\b", re.I)
 ISO = r"\d{4}-\d\d-\d\d(?!\w)"
 NUMBER = r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 SCALED = re.compile(rf"({NUMBER}) (thousand|million|billion)\b")
@@ -35,10 +36,11 @@ def flat(lists: Iterable[Iterable]) -> list:
     return list(chain.from_iterable(lists))
 
 
+@lru_cache(100)
 def plain(text: str) -> str:
     """The text without accents and possessive 's, with dates as 1932-11-02. The case stays."""
     def iso(year: str, month: str, day: str) -> str:
-        number = [name[:3] for name in MONTHS].index(month) + 1
+        number = [name[:3] for name in MONTHS].index(month[:3].title()) + 1
         return f"{year}-{number:02}-{int(day):02}"
 
     text = unicodedata.normalize("NFKD", text.translate(LETTERS))
@@ -50,6 +52,7 @@ def plain(text: str) -> str:
     return MONTH_FIRST.sub(lambda date: iso(date[3], date[1], date[2]), text)
 
 
+@lru_cache(10_000)
 def normal(word: str) -> list[str]:
     """The tokens of one match of TOKEN."""
     word = word.lower()
@@ -57,10 +60,11 @@ def normal(word: str) -> list[str]:
         year, month, _ = map(int, word.split("-"))
         return [word, str(year), MONTHS[month % 12 - 1].lower()]
     if re.fullmatch(NUMBER, word):
-        return [f"{float(word.replace(',', '')):.15g}"]
+        word = word.replace(",", "")
+        return [f"{float(word):.15g}" if len(word) < 16 else word]
     if word in NUMBER_WORDS:
         return [str(NUMBER_WORDS.index(word))]
-    plural = len(word) > 3 and word[-1] == "s" != word[-2]
+    plural = len(word) > 3 and word[-1] == "s" != word[-2] and word not in STOP
     return [word[:-1] if plural else word]
 
 
@@ -97,7 +101,7 @@ def names(text: object) -> list[list[str]]:
     >>> names("Birthplace of the director of The Lord of the Rings, or Jaws 2")
     [['lord', 'ring'], ['jaw', '2']]
     """
-    words = re.findall(r"[^\W_]+|[^\w\s'-]", plain(str(text)))
+    words = re.findall(rf"{ISO}|[^\W_]+|[^\w\s'-]", plain(str(text)))
     runs: list[list[str]] = [[]]
     for i, word in enumerate(words):
         follows = words[i + 1] if i + 1 < len(words) else ""
@@ -123,10 +127,10 @@ def near(wanted: list[str], text: list[str]) -> bool:
     return any(set(wanted) <= set(text[i:i + width]) for i in starts)
 
 
-def is_told(topic: Iterable[str], sources: list[list[str]]) -> bool:
+def is_told(topic: Iterable[str], sources: list[set[str]]) -> bool:
     """Whether one source holds all words of a topic."""
     wanted = set(topic)
-    return any(wanted <= set(source) for source in sources)
+    return any(wanted <= source for source in sources)
 
 
 def leaves(value: object) -> list:

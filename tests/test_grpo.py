@@ -954,11 +954,11 @@ def test_wrong_values_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("w_answer, w_consistency, partial, fine", [
-    (0.7, 0.3, 0.0, True), (0.25, 0.3, 0.0, True), (0.24, 0.3, 0.0, False), (0.1, 0.9, 0.0, False),
-    (0.7, 0.3, 0.65, True), (0.7, 0.3, 0.66, False), (0.7, 0.3, 1.0, False), (-1.0, 0.3, 0.0, False),
+    (0.7, 0.3, 0.0, True), (0.3, 0.3, 0.0, True), (0.29, 0.3, 0.0, False), (0.1, 0.9, 0.0, False),
+    (0.7, 0.3, 0.57, True), (0.7, 0.3, 0.58, False), (0.7, 0.3, 1.0, False), (-1.0, 0.3, 0.0, False),
 ])
 def test_weights_that_let_a_wrong_answer_win_are_refused(w_answer, w_consistency, partial, fine):
-    """The rule is w_answer (1 - partial) > w_consistency (1 - 1/5)."""
+    """The rule is w_answer (1 - partial) >= w_consistency."""
     values = {"w_answer": w_answer, "w_consistency": w_consistency, "partial": partial}
     if fine:
         assert GRPOConfig(**values).w_answer == w_answer
@@ -1004,15 +1004,14 @@ def test_the_loss_alone_chooses_the_settings(loss, scale_std, low, high, overlon
 
 
 def test_the_summary_of_a_rollout_by_hand():
-    """Two groups of three: the first is flat, and in the second one trace is at its group's mean. Each part is
-    averaged where it applies."""
+    """Two groups of three: the first is flat, and in the second one trace is at its group's mean."""
     traces = [Trace(status=s, mask=[0, 1, 1], turns=[Turn(calls=[Call()] * n)], advantage=a)
               for s, n, a in (("answered", 2, 0), ("answered", 0, 0), ("answered", 1, 0),
                               ("truncated", 3, -1), ("malformed", 0, 0), ("answered", 0, 1))]
     rewards = [{"reward": r, "economy": e} for r, e in (
-        (1.0, 0.5), (1.0, None), (1.0, None), (0.0, 1.0), (0.5, None), (1.0, None))]
+        (1.0, 0.5), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (1.0, 0.0))]
     row = grpo.summary(traces, rewards, config(group=3))
-    assert row == {"reward": 0.75, "economy": 0.75, "finished": 4 / 6, "truncated": 1 / 6, "flat_groups": 0.5,
+    assert row == {"reward": 0.75, "economy": 0.25, "finished": 4 / 6, "truncated": 1 / 6, "flat_groups": 0.5,
                    "calls": 1.0, "length": 2.0}
 
 

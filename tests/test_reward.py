@@ -1,10 +1,11 @@
 """The composite reward: the order of its values, each of its parts by hand, and tricks that must gain nothing.
 
 Every trace is built from the texts that a policy would generate. The parser reads them, calls are validated, and a
-scripted backend answers."""
+scripted backend answers. test_words.py and test_evidence.py test the words and the evidence of single calls."""
 import itertools
 import json
 import random
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,13 @@ def answer(text):
     return f"<think>Done.</think>\n<answer> {text}</answer>"
 
 
+def depart(trace, turns):
+    """Mark the first turns of a trace as departing from the strict grammar."""
+    for number, turn in enumerate(trace.turns):
+        turn.departures = ["text beside the calls"] if number < turns else []
+    return trace
+
+
 ADA, VELKA = call("birthplace", person="Ada Bo"), call("country", city="Velka")
 TOLD = [{"city": "Velka"}, {"country": "Dumo"}]
 HONEST = [ADA, VELKA, answer("Dumo")]
@@ -89,68 +97,154 @@ def score(texts, observations=(), golds=("Dumo",), config=None):
 
 # -------------------------------------------------------------------------------------- parts by hand
 
+ONES, ZEROS = (1, 1, 1, 1), (0, 0, 0, 0)
+BAD = "<think>x</think><tool_call>{</tool_call>"
+LONG = "a long text that a search engine might well tell, in which you read at last of Dumo"
+BOTH = "of Velka, whose streets run down to the sea past many an old and empty house, and of Lorn"
+
 # texts of the turns, observations -> valid, arguments, support, economy
 BY_HAND = {
-    "all of use": (HONEST, TOLD, (1, 1, 1, 1)),
-    "no call": ([answer("Dumo")], [], (None, None, 0, None)),
+    "all of use": (HONEST, TOLD, ONES),
+    "no call": ([answer("Dumo")], [], ZEROS),
     "one unknown tool": ([call("oracle", person="Ada Bo"), *HONEST], TOLD, (1 / 2, 1, 1, 2 / 3)),
-    "not JSON": (["<think>x</think><tool_call>{</tool_call>", *HONEST], TOLD, (1 / 2, 1, 1, 2 / 3)),
+    "not JSON": ([BAD, *HONEST], TOLD, (1 / 2, 1, 1, 2 / 3)),
     "two that don't fit": ([calls(("birthplace", {}), ("birthplace", {"person": 3})), *HONEST], TOLD,
                            (1 / 3, 2 / 3, 1, 1 / 2)),
-    "only one that isn't JSON": (
-        ["<think>x</think><tool_call>[</tool_call>", answer("Dumo")], [], (1 / 2, None, 0, 0)),
-    "an argument from nowhere": (
-        [ADA, call("country", city="Lorn"), answer("Dumo")], TOLD, (1, 1 / 2, 1, 1 / 2)),
-    "first tool not needed": ([ADA, call("country", city="1815"), answer("Dumo")], TOLD, (1, 1, 1, 1 / 2)),
+    "only one that isn't JSON": ([BAD, answer("Dumo")], [], ZEROS),
+    "a call of no use": ([call("census"), *HONEST], [{"people": 3}, *TOLD], (1, 1, 1, 2 / 3)),
+    "nothing of use": ([ADA, answer("Lorn")], TOLD, ZEROS),
     "used as an argument alone": ([ADA, VELKA, answer("Lorn")], TOLD, (1, 1, 0, 1 / 2)),
-    "nothing used": ([ADA, answer("Lorn")], TOLD, (1, 1, 0, 0)),
+    "used by a call that told nothing": ([ADA, VELKA, answer("Lorn")], [TOLD[0], {"error": "no"}], ZEROS),
+    "about a thing of the question": ([ADA, call("country", city="1815"), answer("Dumo")], TOLD, ONES),
+    "the same without an answer in a result": ([ADA, call("country", city="1815"), answer("Lorn")], TOLD, ZEROS),
+    "a short result of an argument from nowhere": ([ADA, call("country", city="Lorn"), answer("Dumo")], TOLD, ZEROS),
+    "a long result of an argument from nowhere": ([call("country", city="Lorn"), answer("Dumo")], [{"text": LONG}],
+                                                  (1, 0, 1, 1)),
+    "a long result for the whole question": ([call("census", city=QUESTION), answer("Dumo")], [{"text": LONG}], ZEROS),
+    "a short result for the whole question": ([call("census", city=QUESTION), answer("Dumo")], [{"text": "Dumo"}], ONES),
+    "a long result for a part of it": ([call("census", city="Ada Bo born"), answer("Dumo")], [{"text": LONG}], ONES),
     "an observation of the same turn is not earlier": (
-        [calls(("birthplace", {"person": "Ada Bo"}), ("country", {"city": "Velka"})), answer("Dumo")], TOLD,
-        (1, 1 / 2, 1, 1 / 2)),
+        [calls(("birthplace", {"person": "Ada Bo"}), ("country", {"city": "Velka"})), answer("Dumo")], TOLD, ZEROS),
     "an enum and a boolean need no ground": (
-        [ADA, call("country", city="Velka", unit="land", sure=True), answer("Dumo")], TOLD, (1, 1, 1, 1)),
-    "nothing to ground": ([call("census"), answer("12")], [{"people": 12}], (1, None, 1, 1)),
-    "an enum alone": ([call("country", unit="land"), answer("12")], [], (1 / 2, None, 0, 0)),
-    "a number of the question": ([call("census", year=1815), answer("12")], [{"people": 12}], (1, 1, 1, 1)),
-    "a number from nowhere": ([call("census", year=1816), answer("12")], [{"people": 12}], (1, 0, 1, 1)),
+        [ADA, call("country", city="Velka", unit="land", sure=True), answer("Dumo")], TOLD, ONES),
+    "nothing to ground": ([call("census"), answer("12")], [{"people": 12}], ONES),
+    "nothing to ground, one refused": ([BAD, call("census"), answer("12")], [{"people": 12}], (1 / 2, 1 / 2, 1, 1 / 2)),
+    "an enum alone": ([call("country", unit="land"), answer("12")], [], ZEROS),
+    "a number of the question": ([call("census", year=1815), answer("12")], [{"people": 12}], ONES),
+    "a number from nowhere": ([call("census", year=1816), answer("12")], [{"people": 12}], ZEROS),
     "a list, half of it grounded": (
-        [call("census", places=["Ada", ["Lorn"]]), answer("12")], [{"people": 12}], (1, 1 / 2, 1, 1)),
-    "only whole words are ground": ([call("census", city="Ad"), answer("2")], [{"people": 12}], (1, 0, 0, 0)),
-    "the scorer's normaliser": (
-        [call("birthplace", person="the ADA BO!"), call("country", city="velka."), answer("A Dumo")], TOLD,
-        (1, 1, 1, 1)),
+        [call("census", places=["Ada", ["Lorn"]]), answer("Dumo")], [{"text": LONG}], (1, 1 / 2, 1, 1)),
+    "a key of an object": ([call("census", places=[{"Lorn": True}]), answer("Lorn")], [{"text": LONG + " and Lorn"}],
+                           ZEROS),
+    "only whole words are ground": ([call("census", city="Ad"), answer("12")], [{"people": 12}], ZEROS),
+    "case, articles and points": (
+        [call("birthplace", person="the ADA BO!"), call("country", city="velka."), answer("A Dumo")], TOLD, ONES),
     "an argument of an article": ([call("census", city="The"), answer("12")], [{"people": 12}], (1, 0, 1, 1)),
-    "part of what was told": (HONEST, [{"city": "old Velka"}, {"country": "south of Dumo"}], (1, 1, 1, 0)),
-    "deep in the observation": (HONEST, [TOLD[0], {"a": [{"b": ["x", "Dumo"]}]}], (1, 1, 1, 1)),
-    "true and null are no evidence": (
-        [call("census"), answer("true")], [{"people": True, "x": None}], (1, None, 0, 0)),
-    "an error is no evidence": (HONEST, [{"error": "Velka"}, TOLD[1]], (1, 1 / 2, 1, 1 / 2)),
+    "part of what was told": (HONEST, [{"city": "old Velka"}, {"country": "south of Dumo"}], ONES),
+    "deep in the observation": (HONEST, [TOLD[0], {"a": [{"b": ["x", "Dumo"]}]}], ONES),
+    "true and null are no evidence": ([call("census"), answer("true")], [{"people": True, "x": None}], ZEROS),
+    "an error is no evidence": (HONEST, [{"error": "Velka"}, TOLD[1]], ZEROS),
+    "nothing found is no evidence": ([ADA, answer("No")], [{"city": "no city found"}], ZEROS),
+    "computed": ([call("census"), call("calculator", expression="1815 - 12"), answer("1803")], [{"people": 12}], ONES),
+    "computed from an invented number": (
+        [call("census"), call("calculator", expression="1815 - 13"), answer("1802")], [{"people": 12}], ZEROS),
     "compared": (
-        [call("census"), call("compare", names=["Ada", "Bo"], values=[1815, 12], pick="largest"),
-         answer("Ada")], [{"people": 12}], (1, 1, 1, 1)),
-    "a utility that failed": ([call("calculator", expression="Ada"), answer("Ada")], [], (1, 1, 0, 0)),
+        [calls(("census", {"city": "Ada"}), ("census", {"city": "Bo"})),
+         call("compare", names=["Ada", "Bo"], values=[12, 15], pick="largest"), answer("Bo")],
+        [{"people": 12}, {"people": 15}], ONES),
+    "a utility that failed": ([call("calculator", expression="Ada"), answer("Ada")], [], ZEROS),
     "made twice": ([ADA, ADA, VELKA, answer("Dumo")], [TOLD[0], *TOLD], (1, 1, 1, 2 / 3)),
     "made twice in one turn": (
         [calls(*[("birthplace", {"person": "Ada Bo"})] * 2), VELKA, answer("Dumo")], [TOLD[0], *TOLD],
         (1, 1, 1, 2 / 3)),
-    "the only later use is a repeated call": (
-        [VELKA, ADA, VELKA, answer("Lorn")], [TOLD[1], *TOLD], (1, 1 / 2, 0, 0)),
-    "the answer was in the arguments": ([ADA, answer("Bo")], [{"city": "x", "of": "Ada Bo"}], (1, 1, 0, 0)),
+    "made twice, arguments from nowhere": (
+        [ADA, *[call("census", city="Lorn")] * 2, VELKA, answer("Dumo")], [TOLD[0], {}, {}, TOLD[1]], (1, 2 / 3, 1, 1 / 2)),
+    "the only later use is a repeated call": ([VELKA, ADA, VELKA, answer("Lorn")], [TOLD[1], *TOLD], ZEROS),
+    "the answer was in the arguments": ([ADA, answer("Bo")], [{"city": "x", "of": "Ada Bo"}], ZEROS),
+    "a list, each item in a result": (
+        [call("census", city="Ada"), call("census", city="Bo"), answer("Velka and Lorn")],
+        [{"city": "Velka"}, {"city": "Lorn"}], ONES),
+    "a list with a comma before and": (
+        [call("census", city="Ada"), call("census", city="Bo"), answer("Velka, Pata, and Lorn")],
+        [{"city": "Velka"}, {"cities": ["Pata", "Lorn"]}], ONES),
+    "a list, both items in one result": ([call("census", city="Ada"), answer("Velka and Lorn")], [{"text": BOTH}], ONES),
+    "a list, one item in no result": (
+        [call("census", city="Ada"), call("census", city="Bo"), answer("Velka and Pata")],
+        [{"city": "Velka"}, {"city": "Lorn"}], ZEROS),
 }
+
+
+def check_by_hand(trace, expected):
+    """The four parts, each alone and in the reward. A part is 0 in the reward if no call was of use."""
+    assert trace.status == "answered" and list(grpo.PARTS) == list(PARTS)
+    assert part("grammar", trace) == 1 and [part("support", trace), part("economy", trace)] == pytest.approx(expected[2:])
+    whole = reward(trace, ["no such answer"], GRPOConfig())
+    assert [whole[name] for name in PARTS] == pytest.approx([1, *expected])
+    assert whole["consistency"] == pytest.approx((1 + sum(expected)) / 5)
+    assert whole["answer"] == whole["em"] == 0 and whole["reward"] == pytest.approx(0.3 * whole["consistency"])
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_parts_by_hand(name):
     texts, observations, expected = BY_HAND[name]
-    trace = play(texts, observations)
-    assert trace.status == "answered"
-    assert list(grpo.PARTS) == list(PARTS)
-    assert [part(name, trace) for name in PARTS] == pytest.approx([1, *expected])
-    applies = [1.0, *(value for value in expected if value is not None)]
-    whole = reward(trace, ["no such answer"], GRPOConfig())
-    assert [whole[name] for name in PARTS] == pytest.approx([1, *expected])
-    assert whole["consistency"] == pytest.approx(sum(applies) / len(applies))
-    assert whole["answer"] == 0 and whole["reward"] == pytest.approx(0.3 * whole["consistency"])
+    check_by_hand(play(texts, observations), expected)
+
+
+CY = call("birthplace", person="Cy Dee")
+OLDER, AGES = "Who is older, Ada Bo or Cy Dee?", [{"year": 1815}, {"year": 1820}]
+
+
+def compare_both(*values):
+    return call("compare", names=["Ada Bo", "Cy Dee"], values=[*values], pick="smallest")
+
+
+# question, texts, observations -> valid, arguments, support, economy
+COMPARED = {
+    "both looked up": (OLDER, [ADA, CY, answer("Ada Bo")], AGES, ONES),
+    "only one": (OLDER, [ADA, answer("Ada Bo")], AGES, ZEROS),
+    "one of them twice": (OLDER, [ADA, call("birthplace", person="Ada"), answer("Ada Bo")], AGES, ZEROS),
+    "one of them made twice": (OLDER, [ADA, CY, CY, answer("Ada Bo")], [*AGES, AGES[1]], (1, 1, 1, 2 / 3)),
+    "the loser's page names the winner": (OLDER, [CY, answer("Ada Bo")], [{"met": "Ada Bo"}], ZEROS),
+    "the second tells nothing": (OLDER, [ADA, CY, answer("Ada Bo")], [AGES[0], {"error": "no"}], ZEROS),
+    "by compare": (OLDER, [ADA + CY.replace("<think>Let me see.</think>", ""), compare_both(1815, 1820), answer("Ada Bo")],
+                   AGES, ONES),
+    "an invented value": (OLDER, [ADA, CY, compare_both(1815, 1821), answer("Ada Bo")], AGES, ZEROS),
+    "the winner is not the answer": (OLDER, [ADA, CY, compare_both(1815, 1820), answer("Cy Dee")], AGES,
+                                     (1, 1, 1, 2 / 3)),
+    "a difference": ("How much older is Ada Bo than Cy Dee?", [ADA, CY, answer("5")], AGES, ONES),
+    "another difference": ("How much older is Ada Bo than Cy Dee?", [ADA, CY, answer("6")], AGES, ZEROS),
+    "yes or no about two": ("Are Ada Bo and Cy Dee old?", [ADA, CY, answer("no")], AGES, ONES),
+    "yes or no about one of two": ("Are Ada Bo and Cy Dee old?", [ADA, answer("no")], AGES, ZEROS),
+    "yes or no about one": ("Is Ada Bo old?", [ADA, answer("Yes.")], AGES, ONES),
+    "the word by chance": ("Is Ada Bo old?", [call("census", city="old"), answer("no")], [{"text": "no town"}], ZEROS),
+    "an article as a name": ("Who is older, A or B?", [call("birthplace", person="A"), call("birthplace", person="B"),
+                                                     answer("A")], AGES, ONES),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_by_hand(name):
+    """What the answer is does not matter, only what was looked up: nobody but exact match knows the right one."""
+    question, texts, observations, expected = COMPARED[name]
+    check_by_hand(play(texts, observations, question), expected)
+
+
+@pytest.mark.parametrize("departing, expected", [(0, 1), (1, 3 / 4), (2, 1 / 2), (3, 1 / 4)])
+def test_grammar_counts_the_strict_turns(departing, expected):
+    trace = depart(play(HONEST, TOLD), departing)
+    got = reward(trace, ["Dumo"], GRPOConfig())
+    assert part("grammar", trace) == got["grammar"] == expected
+    assert got["consistency"] == pytest.approx((expected + 4) / 5)
+
+
+@pytest.mark.parametrize("texts", [[answer("Dumo")], [BAD, answer("Dumo")], [call("census"), answer("Dumo")],
+                                   [call("echo", first="Dumo"), answer("Dumo")]])
+def test_calls_of_no_use_earn_no_more_than_no_call(texts):
+    """Grammar is all that is left, for a right and for a wrong answer."""
+    for gold, right in (("Dumo", 1), ("Lorn", 0)):
+        got = score(texts, [{"people": 3}], [gold])
+        assert [got[name] for name in PARTS] == [1, 0, 0, 0, 0]
+        assert got["reward"] == pytest.approx(0.7 * right + 0.3 / 5)
 
 
 @pytest.mark.parametrize("said, golds, partial, expected", [
@@ -161,73 +255,40 @@ def test_parts_by_hand(name):
 def test_answer_by_hand(said, golds, partial, expected):
     config = GRPOConfig(partial=partial)
     got = score([ADA, VELKA, answer(said)], TOLD, golds, config)
-    assert got["answer"] == pytest.approx(expected)
+    assert got["answer"] == pytest.approx(expected) and got["em"] == (expected == 1)
     assert got["reward"] == pytest.approx(0.7 * expected + 0.3 * got["consistency"])
 
 
 def test_evidence_by_hand():
-    """Two turns of two calls. The second turn repeats a call of the first, with its arguments in another order."""
+    """Three turns. The second one repeats a call of the first, with its arguments in another order."""
     trace = play([
-        calls(("birthplace", {"person": "Ada Bo"}), ("country", {"city": "Velka", "unit": "land"})),
+        calls(("birthplace", {"person": "Ada Bo"}), ("country", {"city": "Velka", "unit": "land"}), ("census", {"year": 1815})),
         calls(("country", {"unit": "land", "city": "Velka"}), ("calculator", {"expression": "1815 - 12"})),
         calls(("oracle", {}), ("country", {"unit": "land", "city": "Velka", "sure": True})), answer("x")],
-        [{"city": "Velka", "of": "Ada"}, {"country": "Dumo", "people": 12}, {"country": "Dumo", "people": 12},
-         {"error": "Pata"}])
+        [{"city": "Velka", "of": "Ada"}, {"country": "Dumo"}, {"people": 12}, {"country": "Dumo"}, {"error": "Pata"}])
     got = collect_evidence(trace)
-    assert [e.call for e in got] == trace.calls and [e.turn for e in got] == [0, 0, 1, 1, 2, 2]
-    assert [e.repeated for e in got] == [False, False, True, False, False, False]
+    assert [e.call for e in got] == trace.calls and [e.turn for e in got] == [0, 0, 0, 1, 1, 2, 2]
+    assert [e.repeated for e in got] == [False, False, False, True, False, False, False]
     # Velka comes from an observation of turn 0, so it is grounded from turn 1 on. unit is an enum, sure a boolean.
-    assert [e.grounded for e in got] == [[True], [False], [True], [True], [], [True]]
-    assert [e.values for e in got] == [["Velka", "Ada"], ["Dumo", 12], ["Dumo", 12], [1803], [], []]
-    assert [e.new for e in got] == [["Velka"], ["Dumo", 12], ["Dumo", 12], [1803], [], []]
-    assert [e.own for e in got[:4]] == [{"ada", "bo", "person"}, {"velka", "land", "city", "unit"},
-                                        {"velka", "land", "city", "unit"}, {"1815", "12", "expression"}]
-    assert got[4].own == set() and got[5].own == {"velka", "land", "city", "unit", "sure"}
+    assert [e.grounded for e in got] == [[True], [False], [True], [True], [True], [], [True]]
+    assert [e.told for e in got] == [["velka", "ada"], [], ["12"], ["dumo"], ["1803"], [], []]
+    assert [e.new for e in got] == [{"velka"}, set(), {"12"}, {"dumo"}, {"1803"}, set(), set()]
+    land = {"velka", "land"}
+    assert [e.own for e in got] == [{"ada", "bo"}, land, {"1815"}, land, {"1815", "12"}, set(), land]
+    assert [e.thing for e in got] == [("ada", "bo"), (), (), (), (), (), ()]
+    assert [{tuple(topic) for topic in e.topics} for e in got[:5]] == [
+        {("ada", "bo")}, {("velka",)}, {("1815",)}, {("velka",)}, {("1815",), ("12",)}]
+    assert got[1].result == {"dumo"} and got[6].result == {"pata"}
 
 
-@pytest.mark.parametrize("expression, grounded, new", [("1815 * 1", [False], []), ("1815 * 1815 / 1815", [True], [1815.0])])
-def test_a_result_of_grounded_arguments_is_new_even_if_it_equals_one(expression, grounded, new):
-    evidence, = collect_evidence(play([call("calculator", expression=expression), answer("x")]))
-    assert (evidence.grounded, evidence.new) == (grounded, new)
-
-
-@pytest.mark.parametrize("value, sources, expected", [
-    ("Velka", ["old Velka."], True), ("Vel", ["Velka"], False), ("the VELKA", ["velka"], True), ("", [""], False),
-    ("...", ["..."], False), (12, ["12 people"], True), (1, ["12"], False), ("12", [12], True),
-    ("1 + 2", ["1", 2], True), ("1 + 3", ["1", "2"], False), ("(1.5 - 2)", ["from 1.5", "to 2"], True),
-    ("x1", ["1"], False), ("1 é", ["1"], False), ("+ -", ["1"], False), ("1", [], False)])
-def test_in_sources_by_hand(value, sources, expected):
-    assert grpo.in_sources(value, sources) is expected
-
-
-def test_values_and_words_by_hand():
-    assert grpo.leaves({"a": [1, True, None, {"b": "x"}], "c": 2.5, "d": [[], {}]}) == [1, "x", 2.5]
-    assert grpo.words("The U.S.", 12, "us co-op") == {"us", "12", "coop"} and grpo.words() == set()
-    assert grpo.same("The Bo.", "bo") and grpo.same(1, "1") and not grpo.same("bo", "bo b")
-    assert not grpo.same("", "") and not grpo.same("a", "The")
-    assert grpo.holds("in old Velka!", "the old velka") and grpo.holds(1815, "1815")
-    assert not grpo.holds("Velkas", "Velka") and not grpo.holds("a b", "a") and not grpo.holds("x", "")
-
-
-def test_a_calculators_result_from_an_observation_is_support():
-    texts = [call("census"), call("calculator", expression="1815 - 12"), answer("1803")]
-    trace = play(texts, [{"people": 12}])
-    assert [part(name, trace) for name in ("valid", "support", "economy")] == [1, 1, 1]
-
-
+# What a reader of any kind finds neither a call nor an answer in.
 MALFORMED = {
-    "no thought": ["<answer>Dumo</answer>"],
     "nothing": [""],
+    "spaces": [" \n"],
     "thought alone": ["<think>Dumo</think>"],
-    "two answers": ["<think>x</think><answer>Dumo</answer><answer>Dumo</answer>"],
-    "a thought after the answer": ["<think>x</think><answer>Dumo</answer><think>y</think>"],
-    "text after the answer": ["<think>x</think><answer>Dumo</answer> I am sure."],
-    "a call and an answer": [f"{ADA}<answer>Dumo</answer>"],
-    "an answer in an answer": ["<think>x</think><answer><answer>Dumo</answer></answer>"],
-    "an answer that isn't closed": ["<think>x</think><answer>Dumo"],
-    "a thought that isn't closed": ["<think>x<answer>Dumo</answer>"],
-    "nested thoughts": ["<think>x<think>y</think></think><answer>Dumo</answer>"],
-    "after an honest start": [ADA, VELKA, "Dumo"],
+    "an answer inside the thought alone": ["<think><answer>Dumo</answer></think>"],
+    "nothing after an honest start": [ADA, VELKA, ""],
+    "a thought after an honest start": [ADA, VELKA, "<think>Dumo</think>"],
 }
 
 
@@ -236,22 +297,22 @@ def test_a_malformed_trace_has_no_reward(name):
     trace = play(MALFORMED[name], TOLD)
     assert trace.status == "malformed"
     got = reward(trace, ["Dumo"], GRPOConfig())
-    assert (got["reward"], got["answer"], got["consistency"], got["grammar"]) == (0, 0, 0, 0)
-    assert all(got[name] is None for name in PARTS[1:])
+    assert list(got) == ["reward", "em", "answer", "consistency", *PARTS] and not any(got.values())
 
 
 @pytest.mark.parametrize("texts", [[ADA], [ADA, VELKA]])
 def test_a_truncated_trace_has_no_reward(texts):
     trace = play(texts, TOLD)
-    assert trace.status == "truncated" and reward(trace, ["Dumo"], GRPOConfig())["reward"] == 0
+    assert trace.status == "truncated" and not any(reward(trace, ["Dumo"], GRPOConfig()).values())
 
 
 # ----------------------------------------------------------------------------------------------- order
 
 
-def worst_right(n, said="Dumo"):
-    """A right answer with the lowest consistency: n refused calls, no argument grounded, a guess."""
-    return play([calls(*[("birthplace", {"city": f"Lorn {i}"}) for i in range(n)]), answer(said)])
+def worst_right(refused=1, turns=2, said="Dumo"):
+    """A right answer with the lowest consistency: refused calls in each turn but the last, and every turn departs."""
+    texts = [calls(*[("birthplace", {"city": f"Lorn {i} {j}"}) for j in range(refused)]) for i in range(turns - 1)]
+    return depart(play([*texts, answer(said)]), turns)
 
 
 def best_wrong():
@@ -259,14 +320,16 @@ def best_wrong():
     return play(HONEST, TOLD[:1] + [{"country": "Dumo"}])
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 50])
-def test_the_ends_in_closed_form(n):
-    """With floor = (1 + 1 / (1 + n)) / 5, the rewards are w_a + w_c floor for the worst right trace, w_c floor for
-    the worst wrong one, and w_a p F1 + w_c for the best wrong one."""
+@pytest.mark.parametrize("refused, turns", [(0, 1), (1, 2), (7, 2), (50, 2), (1, 8), (3, 40)])
+def test_the_ends_in_closed_form(refused, turns):
+    """With floor = 1 / (1 + turns) / 5, the rewards are w_a + w_c floor for the worst right trace, w_c floor for the worst
+    wrong one, and w_a p F1 + w_c for the best wrong one. Refused calls take nothing away from where nothing is."""
     config = GRPOConfig(w_answer=0.8, w_consistency=0.4, partial=0.25)
-    floor = (1 + 1 / (1 + n)) / 5
-    assert reward(worst_right(n), ["Dumo"], config)["reward"] == pytest.approx(0.8 + 0.4 * floor)
-    assert reward(worst_right(n), ["Lorn"], config)["reward"] == pytest.approx(0.4 * floor)
+    floor = 1 / (1 + turns) / 5
+    worst = worst_right(refused, turns)
+    assert len(worst.calls) == refused * (turns - 1) and not any(call.succeeded for call in worst.calls)
+    assert reward(worst, ["Dumo"], config)["reward"] == pytest.approx(0.8 + 0.4 * floor)
+    assert reward(worst, ["Lorn"], config)["reward"] == pytest.approx(0.4 * floor)
     assert reward(best_wrong(), ["Dumo East"], config)["reward"] == pytest.approx(0.8 * 0.25 * 2 / 3 + 0.4)
     assert reward(best_wrong(), ["Lorn"], config)["reward"] == pytest.approx(0.4)
 
@@ -277,13 +340,14 @@ def swapped():
 
 
 @pytest.mark.parametrize("w_answer, w_consistency, partial",
-                         [*itertools.product([0.05, 0.25, 0.7, 1.0], [0.05, 0.3, 0.9], [0.0, 0.1, 0.5, 0.9])])
+                         [*itertools.product([0.05, 0.25, 0.7, 1.0], [0.05, 0.3, 0.9], [0.0, 0.1, 0.5, 0.9]),
+                          (0.3, 0.3, 0.0), (0.3, 0.301, 0.0), (0.6, 0.3, 0.5), (0.6, 0.3, 0.501)])
 def test_the_config_accepts_exactly_the_weights_that_keep_the_order(w_answer, w_consistency, partial):
-    """If the weights are accepted, the worst right trace beats the best wrong one, for any number of bad calls. If
-    they are refused, some number of bad calls reverses the order."""
+    """If the weights are accepted, the worst right trace beats the best wrong one, for any number of departing turns. If
+    they are refused, some number of them reverses the order."""
     weights = {"w_answer": w_answer, "w_consistency": w_consistency, "partial": partial}
     bare = SimpleNamespace(**weights)
-    right = reward(worst_right(400, "Dumo East"), ["Dumo East"], bare)["reward"]
+    right = reward(worst_right(1, 400, "Dumo East"), ["Dumo East"], bare)["reward"]
     wrong = reward(swapped(), ["Dumo East"], bare)["reward"]
     try:
         GRPOConfig(**weights)
@@ -306,7 +370,7 @@ class Ranks:
         self.seen |= {(kind, name, got[name]) for name in (*PARTS, "consistency")}
 
 
-NAMES = ["Velka", "Dumo", "Lorn", "Bo", "Pata", "East Dumo", "Dumo East", "1815"]
+NAMES = ["Velka", "Dumo", "Lorn", "Bo", "Pata", "East Dumo", "Dumo East", "1815", "yes"]
 
 
 def random_turn(rng):
@@ -321,49 +385,63 @@ def random_turn(rng):
 
 
 def random_trace(rng):
-    """An honest, careless, guessing or broken trace. Its observations fit, don't fit, or are errors."""
+    """An honest, careless, guessing or broken trace. Its observations fit, don't fit, or are errors. Its turns are
+    strict, or some or all of them depart."""
     style = rng.random()
     gold = rng.choice(["Dumo", "East Dumo"])
     said = rng.choice([gold, gold, *NAMES, "", "The"])
-    heard = [{"city": "Velka"}, {"country": gold}, {"country": said}, {"error": said}, {"people": 3}, {}]
+    heard = [{"city": "Velka"}, {"country": gold}, {"country": said}, {"error": said}, {"people": 3}, {}, {"text": LONG}]
     observations = [rng.choice(heard) for _ in range(6)]
+    refused = calls(*[("oracle", {"x": f"Lorn {i}"}) for i in range(rng.choice([1, 2, 5, 9]))])
+    honest = [TOLD[0], {"country": said or "x"}]
     if style < 0.15:
-        texts, observations = [ADA, VELKA, answer(said)], [{"city": "Velka"}, {"country": said or "x"}]
+        texts, observations = [ADA, VELKA, answer(said)], honest
     elif style < 0.25:
         texts = [answer(said)]
     elif style < 0.3:
-        texts = [calls(*[("oracle", {"x": f"Lorn {i}"}) for i in range(rng.randint(1, 9))]), answer(said)]
+        texts = [refused, answer(said)]
+    elif style < 0.4:
+        texts, observations = [refused, ADA, VELKA, answer(said)], honest
+    elif style < 0.45:
+        texts, observations = [call("census", places=["Ada", "Pata"]), answer(said)], [{"text": f"{LONG} and of {said}"}]
     else:
         texts = [random_turn(rng) for _ in range(rng.randint(1, 4))] + [answer(said)]
     if rng.random() < 0.15:
         texts = texts[:rng.randrange(len(texts))] + rng.choice([[], [""], *MALFORMED.values()])
-    return play(texts, observations + [{}] * 20), gold
+    trace = play(texts, observations + [{}] * 20)
+    return depart(trace, rng.choice([0, 0, 1, 2, len(trace.turns)])), gold
 
 
-CORNERS = {"valid": (None, 1, 1 / 2, 1 / 10), "arguments": (None, 0, 1, 1 / 2), "support": (0, 1),
-           "economy": (None, 0, 1, 1 / 2), "consistency": (1, (1 + 1 / 10) / 5)}
+@cache
+def random_traces():
+    rng = random.Random("traces")
+    return [random_trace(rng) for _ in range(3000)]
+
+
+CORNERS = {"grammar": (1, 1 / 2, 1 / 3), "valid": (0, 1, 1 / 2, 1 / 10), "arguments": (0, 1, 1 / 2), "support": (0, 1),
+           "economy": (0, 1, 1 / 2), "consistency": (1, 1 / 5, 1 / 3 / 5)}
 
 
 @pytest.mark.parametrize("weights", [
-    {}, {"w_answer": 0.2401, "w_consistency": 0.3}, {"partial": 0.5},
-    {"w_answer": 1.0, "w_consistency": 1.0, "partial": 0.19}], ids=str)
+    {}, {"w_answer": 0.3, "w_consistency": 0.3}, {"partial": 0.5}, {"w_answer": 1.0, "w_consistency": 0.81, "partial": 0.19}], ids=str)
 def test_right_before_wrong_before_malformed(weights):
     """3,000 traces. Each part takes its corner values both in right and in wrong traces."""
-    config, ranks, rng = GRPOConfig(**weights), Ranks(), random.Random("traces")
-    for _ in range(3000):
-        trace, gold = random_trace(rng)
+    config, ranks = GRPOConfig(**weights), Ranks()
+    for trace, gold in random_traces():
         got = reward(trace, [gold], config)
         kind = "malformed" if trace.status != "answered" else "right" if trace.answer == gold else "wrong"
         ranks.add(kind, got)
         assert (got["answer"] == 1) == (kind == "right")
         assert 0 <= got["reward"] <= config.w_answer + config.w_consistency
+        assert all(0 <= got[name] <= 1 for name in PARTS)
         assert (got["consistency"] > 0) == (kind != "malformed")
     (right, _), (wrong_low, wrong), (_, malformed) = (ranks.range[k] for k in ("right", "wrong", "malformed"))
     assert right > wrong and wrong_low > malformed == 0
     for kind in ("right", "wrong"):
         for name, corners in CORNERS.items():
             assert {(kind, name, value) for value in corners} <= ranks.seen, (kind, name)
-    assert ("malformed", "grammar", 0) in ranks.seen
+    assert {(name, value) for kind, name, value in ranks.seen if kind == "malformed"} == {
+        (name, 0.0) for name in (*PARTS, "consistency")}
 
 
 # -------------------------------------------------------------------------- tricks that gain nothing
@@ -376,10 +454,9 @@ TWENTY = ", ".join(["Velka", "Dumo", *(f"Lorn{i}" for i in range(18))])
 HACKS = {
     "an empty answer": (([ADA, VELKA, answer("")], TOLD), ([ADA, VELKA, GUESS], TOLD)),
     "an answer of an article": (([ADA, VELKA, answer("the")], TOLD), ([ADA, VELKA, GUESS], TOLD)),
-    "several answers": ((["<think>x</think><answer>Lorn</answer><answer>Dumo</answer>"], []), ([GUESS], [])),
+    "several answers": ((["<think>x</think><answer>Lorn</answer><answer>Pata</answer>"], []), ([GUESS], [])),
     "several answers in one": (([answer("Lorn or Dumo")], []), ([GUESS], [])),
     "an answer inside the thought": (([f"<think><answer>Dumo</answer></think>{LORN}"], []), ([GUESS], [])),
-    "an answer inside the thought alone": ((["<think><answer>Dumo</answer></think>"], []), ([GUESS], [])),
     "an observation in the thought": (
         ([f'<think><tool_response>{{"city": "Lorn"}}</tool_response></think>{LORN}'], []), ([GUESS], [])),
     "an observation behind the call": (
@@ -421,6 +498,19 @@ HACKS = {
         ([ADA, VELKA, answer(TWENTY)], TOLD), ([ADA, VELKA, answer("Velka")], TOLD)),
     "twenty names that hold what was observed": (
         ([ADA, VELKA, answer(TWENTY)], TOLD), ([ADA, VELKA, GUESS], TOLD)),
+    "words of a long result for the whole question": (
+        ([call("census", city=QUESTION), answer("might well tell")], [{"text": LONG}]), ([answer("might well tell")], [])),
+    "a guess that the next call finds": (
+        ([call("echo", first="Lorn"), call("census", city="Lorn"), GUESS], [{"city": "Lorn"}]), ([GUESS], [])),
+    "a guess misspelt and corrected": (([call("census", city="Lornn"), GUESS], [{"city": "Lorn"}]), ([GUESS], [])),
+    "a guess beside a told name": (
+        ([call("birthplace", person="Ada Bo Lorn"), GUESS], [{"city": "Lorn"}]), ([GUESS], [])),
+    "a guess in small letters beside a told name": (
+        ([call("birthplace", person="Ada Bo lorn"), GUESS], [{"city": "Lorn"}]), ([GUESS], [])),
+    "a guess that a count of the question's words returns": (
+        ([call("count", items=["Ada", "Bo"]), answer("2")], []), ([answer("2")], [])),
+    "a guess that a calculation with one number returns": (
+        ([call("calculator", expression="1815//1815+1815//1815"), answer("2")], []), ([answer("2")], [])),
     "a grounded call made twice beside a guessed one": (
         ([call("country", city="Lorn"), ADA, ADA, answer("Pata")], [{"country": "X"}, *[{"city": "Velka"}] * 2]),
         ([call("country", city="Lorn"), ADA, answer("Pata")], [{"country": "X"}, {"city": "Velka"}])),
@@ -434,7 +524,7 @@ def test_a_hack_gains_nothing(name):
     got, without = (reward(trace, ["Dumo"], GRPOConfig()) for trace in (hack, plain))
     assert plain.status == "answered" and got["answer"] == 0
     assert got["reward"] <= without["reward"]
-    assert got["reward"] < reward(worst_right(1000), ["Dumo"], GRPOConfig())["reward"]
+    assert got["reward"] < reward(worst_right(2, 30), ["Dumo"], GRPOConfig())["reward"]
 
 
 @pytest.mark.parametrize("name", [name for name in HACKS if "guess" in name])
@@ -464,7 +554,8 @@ def test_calling_pays_but_less_than_being_right():
 
 @pytest.mark.parametrize("schema", [True, {}, {"enum": ["x"]}, {"type": ["string", "null"]}], ids=str)
 def test_any_schema_that_is_let_in_can_be_scored(schema):
-    """JSON Schema allows true as the schema of a property. Such a tool is refused, or its calls can be scored."""
+    """JSON Schema allows true as the schema of a property. Such a tool is refused, or its calls can be scored. The short
+    result for x, which nobody told, is evidence only where x was an option."""
     try:
         tools = check_tools([spec("odd", {}, value=schema)])
     except Rejected:
@@ -472,7 +563,7 @@ def test_any_schema_that_is_let_in_can_be_scored(schema):
         return
     trace = play([call("odd", value="x"), answer("y")], [{"z": "y"}], tools=tools)
     assert trace.calls[0].error is None
-    assert reward(trace, ["y"], GRPOConfig())["support"] == 1
+    assert reward(trace, ["y"], GRPOConfig())["support"] == ("enum" in schema)
 
 
 NESTED = "[" * 900 + "]" * 900

@@ -373,7 +373,7 @@ WRONG_USES = [  # program, arguments, change to the run folder, what the one lin
     ("sft", ["--traces", "nowhere"], nothing, "nowhere"), ("sft", ["--worlds", "1"], nothing, "holds a run"), ("sft", ["--save-every", "0"], nothing, "save_every"),
     ("sft", ["--worlds", "1", "--out", "/dev/null/x"], nothing, "/dev/null/x"),
     ("grpo", ["--group", "1"], nothing, "group"), ("grpo", ["--loss", "ppo"], nothing, "ppo"),
-    ("grpo", ["--w-answer", "inf"], nothing, "w_answer"), ("grpo", ["--w-consistency", "0.9"], nothing, "w_answer · (1 - partial) must be above 0.72"),
+    ("grpo", ["--w-answer", "inf"], nothing, "w_answer"), ("grpo", ["--w-consistency", "0.9"], nothing, "w_answer · (1 - partial) must be at least w_consistency"),
     ("grpo", ["--temperature", "0"], nothing, "temperature"), ("grpo", ["--beta", "-1"], nothing, "beta"),
     ("grpo", ["--out", "nowhere"], nothing, "nowhere"), ("grpo", ["--no-seed"], nothing, "--no-seed"),
     ("grpo", ["--trace-tokens", "200"], foreign, "not a run"), ("grpo", [], broken("config.json", "{"), "sft/config.json: not JSON"),
@@ -522,7 +522,7 @@ def test_memory_handles_and_threads_do_not_grow(folder, tmp_path, monkeypatch, h
         return agents.Turn("", [agents.Call("lookup", {"subject": text[:1], "property": text[1:2]})])
     monkeypatch.setattr(agents, "parse_turn", always_call)
     monkeypatch.setattr(grpo, "reward", lambda trace, golds, config: {
-        "reward": sum(trace.ids) % 7 / 7, "em": 0.0, "answer": 0.0, "consistency": 0.0, **dict.fromkeys(grpo.PARTS)})
+        "reward": sum(trace.ids) % 7 / 7, "em": 0.0, "answer": 0.0, "consistency": 0.0, **dict.fromkeys(grpo.PARTS, 0.0)})
     seen, real = [], Run.log
 
     def log(run, row):

@@ -66,7 +66,7 @@ def reward(trace: agents.Trace, golds: list[str], config: grpo.GRPOConfig) -> di
     """The mean of the sampled ids, in thousands."""
     said = [i for i, m in zip(trace.ids, trace.mask, strict=True) if m]
     value = sum(said) / len(said) / 1000
-    return {"reward": value, "em": 0.0, "answer": 0.0, "consistency": value, **dict.fromkeys(grpo.PARTS), "grammar": 1.0}
+    return {"reward": value, "em": 0.0, "answer": 0.0, "consistency": value, **dict.fromkeys(grpo.PARTS, 1.0)}
 
 
 def few_held_out(real, config: grpo.GRPOConfig, world: object) -> tuple[list, list]:
