@@ -57,7 +57,7 @@ def arguments(value: object, schema: object, name: str = "") -> list:
 def is_grounded(value: object, sources: list[set[str]], known: set[str], named: bool) -> bool:
     """Whether an argument was told: its names and numbers, and at least half of its other words.
 
-    known: the starts of the words in all sources and in the tool's definition. named: the call
+    known: the starts of the words in all sources and in the tool's schema. named: the call
     holds a name that was told. Then up to three words that say what is asked about it are free."""
     text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
     if not all(is_told(topic, sources) for topic in names(text) + [[n] for n in numbers(text)]):
@@ -92,8 +92,8 @@ class Evidence:
 def weigh(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
     """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
     given = arguments(call.arguments, tool.parameters if tool else {})
-    definition = tokens(tool.definition) if tool else []
-    known = {word[:5] for word in chain(*sources, definition)}  # "direc": director, directed
+    schema = tokens(tool.schema) if tool else []
+    known = {word[:5] for word in chain(*sources, schema)}  # "direc": director, directed
     named = any(is_told(name, sources) for name in flat(map(names, given)))
     grounded = [is_grounded(value, sources, known, named) for value in given]
     own = set(flat(map(tokens, [*given, *leaves(call.arguments)])))

@@ -175,12 +175,16 @@ BY_HAND = {
 
 
 def check_by_hand(trace, expected):
-    """The four parts, each alone and in the reward. A part is 0 in the reward if no call was of use."""
+    """The four parts, each alone and in the reward. A part is 0 in the reward if no call was of use.
+
+    Of the turns, only one whose call isn't JSON departs from the strict grammar."""
     assert trace.status == "answered" and list(grpo.PARTS) == list(PARTS)
-    assert part("grammar", trace) == 1 and [part("support", trace), part("economy", trace)] == pytest.approx(expected[2:])
+    unread = sum(any(call.error == "not JSON" for call in turn.calls) for turn in trace.turns)
+    grammar = (1 + len(trace.turns) - unread) / (1 + len(trace.turns))
+    assert part("grammar", trace) == pytest.approx(grammar) and [part("support", trace), part("economy", trace)] == pytest.approx(expected[2:])
     whole = reward(trace, ["no such answer"], GRPOConfig())
-    assert [whole[name] for name in PARTS] == pytest.approx([1, *expected])
-    assert whole["consistency"] == pytest.approx((1 + sum(expected)) / 5)
+    assert [whole[name] for name in PARTS] == pytest.approx([grammar, *expected])
+    assert whole["consistency"] == pytest.approx((grammar + sum(expected)) / 5)
     assert whole["answer"] == whole["em"] == 0 and whole["reward"] == pytest.approx(0.3 * whole["consistency"])
 
 
@@ -237,7 +241,7 @@ def test_grammar_counts_the_strict_turns(departing, expected):
     assert got["consistency"] == pytest.approx((expected + 4) / 5)
 
 
-@pytest.mark.parametrize("texts", [[answer("Dumo")], [BAD, answer("Dumo")], [call("census"), answer("Dumo")],
+@pytest.mark.parametrize("texts", [[answer("Dumo")], [call("oracle"), answer("Dumo")], [call("census"), answer("Dumo")],
                                    [call("echo", first="Dumo"), answer("Dumo")]])
 def test_calls_of_no_use_earn_no_more_than_no_call(texts):
     """Grammar is all that is left, for a right and for a wrong answer."""
