@@ -29,6 +29,7 @@ Shapes: B traces, T tokens.
 """
 import json
 import random
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -40,9 +41,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import UTILITIES, AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
+from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import SHORT_RESULT, Evidence, holding, is_difference, is_used, weigh
+from data.evidence import (
+    SHORT_RESULT,
+    Evidence,
+    computing,
+    holding,
+    is_difference,
+    is_used,
+    weigh,
+)
 from data.prompts import LONG
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
@@ -139,9 +148,9 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     answer = content(trace.answer)
     if not normalize(trace.answer) and answer not in names(trace.question):
         return []
-    results = [e for e in evidence if e.call.name in UTILITIES and e.result == set(answer)]
-    if results:  # a result of invented inputs supports nothing
-        return [e for e in results if e.told]
+    results = computing(answer, evidence, is_choice(trace))
+    if results is not None:
+        return results
     lookups = [e for e in evidence if e.new and not e.repeated]
     if is_choice(trace):
         return compared(trace, lookups)
@@ -163,11 +172,11 @@ def is_choice(trace: Trace) -> bool:
 
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
     """The lookups, if they are about at least two of the things that the question names. One about
-    what an earlier one told is about a thing, too. If there is only one thing, yes or no needs one.
+    what an earlier one told is about a thing, too. "Is Ada from Rome?" needs only one.
     """
     about = {e.thing for e in lookups if all(e.grounded)}
-    alone = len(names(trace.question)) == 1 and normalize(trace.answer) in ("yes", "no")
-    enough = 1 if alone else 2
+    one = names(trace.question) and not re.search(r"\b(and|or|both|same)\b", trace.question)
+    enough = 1 if one and normalize(trace.answer) in ("yes", "no") else 2
     return lookups if any(about) and len(about) >= enough else []
 
 
@@ -203,7 +212,7 @@ def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
     useful = [e for e in evidence if e in supported or is_used(e, evidence)]
     for e in evidence:
         alone = e.new and e.thing and e.thing not in [other.thing for other in useful]
-        if supported and alone and not e.repeated:
+        if supported and alone:
             useful.append(e)
     return len(useful) / len(evidence) if evidence else 0.0
 
@@ -213,7 +222,7 @@ PARTS = {"grammar": reward_grammar, "valid": reward_valid, "arguments": reward_a
 
 
 def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float]:
-    """The reward and its parts. Without a useful call, a trace earns only grammar and support."""
+    """The reward and its parts. Without a useful call, a trace earns only its grammar."""
     if trace.status != "answered":
         return dict.fromkeys(("reward", "em", "answer", "consistency", *PARTS), 0.0)
     evidence = collect_evidence(trace)

@@ -92,6 +92,8 @@ class Evidence:
 def weigh(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
     """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
     given = arguments(call.arguments, tool.parameters if tool else {})
+    if call.name == "calculator":
+        given = [spaced(value) for value in given]
     schema = tokens(tool.schema) if tool else []
     known = {word[:5] for word in chain(*sources, schema)}  # "direc": director, directed
     named = any(is_told(name, sources) for name in flat(map(names, given)))
@@ -143,11 +145,16 @@ def without(text: list[str], echo: list[str]) -> list[str]:
     return [word for word in text if word not in close]
 
 
+def spaced(expression: object) -> str:
+    """An expression in which each minus is an operator, not the sign of a number."""
+    return str(expression).replace("-", " - ")
+
+
 def computed(call, question: str, sources: list[set[str]]) -> bool:
     """Whether a utility's result follows from what was told: at least two inputs that differ."""
     given = call.arguments
     if call.name == "calculator":  # a number that is used twice can make any result
-        inputs = numbers(given.get("expression"))
+        inputs = numbers(spaced(given.get("expression")))
         return len(set(inputs)) == len(inputs) > 1 and all(is_told([n], sources) for n in inputs)
     if call.name == "date_difference":
         return given.get("start") != given.get("end")
@@ -158,6 +165,15 @@ def computed(call, question: str, sources: list[set[str]]) -> bool:
         return bool(asked) and len(inputs) > 1 and is_told(chain(*inputs), results)
     named = {tuple(tokens(name)) for name in leaves(given.get("names"))}
     return min(len(named), len(inputs)) > 1 and all(is_told(value, results) for value in inputs)
+
+
+def computing(answer: list[str], evidence: list[Evidence], choice: bool) -> list[Evidence] | None:
+    """The utilities that computed the answer from what was told. None if no utility has a say.
+
+    choice: the answer is yes, no, or one of the things compared. Then a `compare` has a say."""
+    gave = [e for e in evidence if e.call.name in UTILITIES and e.result == set(answer)]
+    refuted = choice and any(e.call.name == "compare" and e.told for e in evidence)
+    return [e for e in gave if e.told] if gave or refuted else None
 
 
 def holding(answer: str, lookups: list[Evidence]) -> list[Evidence]:

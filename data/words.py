@@ -62,7 +62,7 @@ def normal(word: str) -> list[str]:
     if re.fullmatch(NUMBER, word):
         word = word.replace(",", "")
         return [f"{float(word):.15g}" if len(word) < 16 else word]
-    if word in NUMBER_WORDS:
+    if word in NUMBER_WORDS and word not in STOP:
         return [str(NUMBER_WORDS.index(word))]
     plural = len(word) > 3 and word[-1] == "s" != word[-2] and word not in STOP
     return [word[:-1] if plural else word]

@@ -214,7 +214,7 @@ COMPARED = {
                    AGES, ONES),
     "an invented value": (OLDER, [ADA, CY, compare_both(1815, 1821), answer("Ada Bo")], AGES, ZEROS),
     "the winner is not the answer": (OLDER, [ADA, CY, compare_both(1815, 1820), answer("Cy Dee")], AGES,
-                                     (1, 1, 1, 2 / 3)),
+                                     (1, 1, 0, 2 / 3)),
     "a difference": ("How much older is Ada Bo than Cy Dee?", [ADA, CY, answer("5")], AGES, ONES),
     "another difference": ("How much older is Ada Bo than Cy Dee?", [ADA, CY, answer("6")], AGES, ZEROS),
     "yes or no about two": ("Are Ada Bo and Cy Dee old?", [ADA, CY, answer("no")], AGES, ONES),
