@@ -43,15 +43,7 @@ from tqdm import tqdm
 
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import (
-    SHORT_RESULT,
-    Evidence,
-    computing,
-    holding,
-    is_difference,
-    is_used,
-    weigh,
-)
+from data.evidence import SHORT_RESULT, Evidence, computing, holding, is_difference, is_used, weigh
 from data.prompts import LONG
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
