@@ -164,7 +164,7 @@ class Call:
         """A real tool may report an error as its only text."""
         result = self.observation or {}
         texts = [text for text in result.values() if isinstance(text, str) and text]
-        failed = len(texts) == 1 and re.match(r"(?i)error\b", texts[0])
+        failed = len(texts) == 1 and re.match(r"(?i)\w*(error|exception)\s*(:|\d|$)", texts[0])
         return not (self.error or result.get("error") or failed)
 
 
@@ -348,7 +348,10 @@ class AutoAgent:
                 trace.status = "truncated"
                 continue
             if ids[-1] == tokenizer.end:
-                said = self.prompts.begin + tokenizer.decode(ids[:-1])
+                said = tokenizer.decode(ids[:-1])
+                # Without any tag it is plain text, not the thought that `begin` opens.
+                if self.prompts.begin == CLOSED_BOOK or "<" in said:
+                    said = self.prompts.begin + said
                 parsed = parse_turn(said, not trace.tools or bool(trace.calls))
                 if self.prompts.begin == CLOSED_BOOK and parsed.calls:
                     parsed = Turn(error="call with a closed book")

@@ -112,8 +112,8 @@ class GRPOConfig:
 
 
 # ------------------------------------------------------------------------------------------ reward
-# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of the five parts.
-# docs/reward.md explains each part by examples. Texts are compared by data/evidence.py.
+# R = w_answer · answer + w_consistency · consistency. Consistency is the mean of five parts, which
+# docs/reward.md explains by examples. data/evidence.py compares the texts.
 
 
 def collect_evidence(trace: Trace) -> list[Evidence]:
@@ -128,25 +128,27 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
             e = weigh(call, tools.get(call.name), number, trace.question, sources)
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
             e.repeated = signature in seen
-            seen.add(signature)
+            if call.succeeded:  # to try a failed call again is no repetition
+                seen.add(signature)
             evidence.append(e)
         sources = sources + [set(e.told) for e in evidence[first:]]
     return evidence
 
 
 def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
-    """The calls that support the answer: a utility computed it, or a result holds it that the call
-    itself did not hold. A comparison, yes or no: at least two things were looked up."""
+    """The calls that support the answer. A utility computed it, or the result of a lookup holds it,
+    or, in a comparison, at least two of the things compared were looked up."""
     answer = content(trace.answer)
     if not normalize(trace.answer) and answer not in names(trace.question):
-        return []
-    results = computing(answer, evidence, is_choice(trace))
+        return []  # an article, such as "the", is no answer; "A" may be a name
+    results = computing(answer, trace.question, evidence, is_choice(trace))
     if results is not None:
         return results
     lookups = [e for e in evidence if e.new and not e.repeated]
-    if is_choice(trace):
+    if is_choice(trace):  # its result may only repeat a word of the question
+        lookups = [e for e in evidence if set(e.told) - e.own and not e.repeated]
         return compared(trace, lookups)
-    question = set(tokens(trace.question))
+    question = set(content(trace.question))
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
     lookups = [e for e in lookups if len(e.told) <= SHORT_RESULT or len(question & e.own) < whole]
@@ -155,21 +157,20 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
 
 
 def is_choice(trace: Trace) -> bool:
-    """Whether the answer is yes, no, or one of the things that a comparison names."""
+    """Whether the answer is yes, no, both, neither, or something that the question names."""
     question = set(tokens(trace.question))
     answer = set(content(trace.answer))
     is_part = answer <= question and 2 * len(answer) <= len(question)  # not the whole question
-    return is_part or normalize(trace.answer) in ("yes", "no")
+    return is_part or normalize(trace.answer) in ("yes", "no", "both", "neither")
 
 
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups, if they are about at least two of the things that the question names. One about
-    what an earlier one told is about a thing, too. "Is Ada from Rome?" needs only one.
-    """
-    about = {e.thing for e in lookups if all(e.grounded)}
+    """The lookups, if they are about two of the things that the question names. For yes or no, one
+    is enough, as in "Is Ada from Rome?"."""
+    about = {e.thing for e in lookups if all(e.grounded) and e.thing}
     one = names(trace.question) and not re.search(r"\b(and|or|both|same)\b", trace.question)
     enough = 1 if one and normalize(trace.answer) in ("yes", "no") else 2
-    return lookups if any(about) and len(about) >= enough else []
+    return lookups if len(about) >= enough else []
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
@@ -197,8 +198,8 @@ def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
     """Share of the calls that are of use.
 
-    A call is of use if it supports the answer, if a name or number that it told is an argument of
-    a later call, or, once the answer is supported, if it alone is about a thing in the question.
+    A call is of use if it supports the answer, or if a name or number in its result is an argument
+    of a later call. If the answer is supported, one call about each thing in the question is, too.
     """
     supported = supporting(trace, evidence)
     useful = [e for e in evidence if e in supported or is_used(e, evidence)]
@@ -219,10 +220,12 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
         return dict.fromkeys(("reward", "em", "answer", "consistency", *PARTS), 0.0)
     evidence = collect_evidence(trace)
     parts = {name: part(trace, evidence) for name, part in PARTS.items()}
-    if parts["economy"] == 0:
+    if parts["economy"] == 0:  # useless turns earn nothing, not even by their grammar
+        parts["grammar"] = 1 / (1 + len([turn for turn in trace.turns if turn.departures]))
         parts["valid"] = parts["arguments"] = 0.0
     consistency = sum(parts.values()) / len(parts)
-    em = answer = 0.0
+    em = 0.0
+    answer = 0.0
     if normalize(trace.answer):  # else an empty answer would equal the gold answer "A", an article
         em = exact_match(trace.answer, golds)
         answer = em or config.partial * f1(trace.answer, golds)
@@ -316,7 +319,8 @@ class Simulator:
         self.config = config
         self.model, self.tokenizer = load(folder, pick_device(), dtype)
         self.model.requires_grad_(False)
-        maker_tokens, actor_tokens = 480, 64  # the longest replies of the miniature
+        maker_tokens = 480  # the longest replies of the miniature
+        actor_tokens = 64
         slots = 160 + maker_tokens  # 160: its longest prompt
         if long_prompts or self.tokenizer.prompts is LONG:
             maker_tokens = actor_tokens = max(480, config.turn_tokens)

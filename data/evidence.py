@@ -27,17 +27,18 @@ SHORT_RESULT = 12  # words; a longer result is running text
 
 # ------------------------------------------------------------------------------ arguments of a call
 
-LIMIT = re.compile(r"\b(top_?k|k|n|limit|max_\w+|num_\w+|page|(number of|how many) results)\b",
-                   re.I)
+LIMIT = re.compile(r"top_?k|k|n|limit|offset|page(_size)?|max_?results?|num_?results?", re.I)
+LANGUAGE = re.compile(r"lang|language|locale|lang(uage)?_code", re.I)
 
 
 def is_option(name: str, value: object, schema: dict) -> bool:
     """Whether an argument chooses how the tool works, such as a number of results or a language."""
     if value is None or isinstance(value, bool) or "enum" in schema or "const" in schema:
         return True
-    if schema.get("type") == "integer" and LIMIT.search(f"{name} {schema.get('description', '')}"):
-        return True
-    return name in ("lang", "language", "locale") and len(str(value)) <= 5
+    if isinstance(value, int | float):
+        described = re.search(r"(number of|how many) results", str(schema.get("description")), re.I)
+        return bool(described or LIMIT.fullmatch(name))
+    return bool(LANGUAGE.fullmatch(name))
 
 
 def arguments(value: object, schema: object, name: str = "") -> list:
@@ -60,8 +61,10 @@ def is_grounded(value: object, sources: list[set[str]], known: set[str], named: 
     known: the starts of the words in all sources and in the tool's schema. named: the call
     holds a name that was told. Then up to three words that say what is asked about it are free."""
     text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
-    if not all(is_told(topic, sources) for topic in names(text) + [[n] for n in numbers(text)]):
-        return False
+    for topic in names(text) + [[n] for n in numbers(text)]:
+        # "Ada Bo Birthplace" in capitals: beside a told name of two words, others may be plain.
+        if not is_told(topic, sources) and not (len(topic) > 2 and is_told(topic[:2], sources)):
+            return False
     words = [word for word in tokens(text) if word not in STOP] or flat(names(text))
     untold = sum(word[:5] not in known for word in words)
     return bool(words) and (untold <= len(words) / 2 or (named and untold <= 3))
@@ -70,7 +73,7 @@ def is_grounded(value: object, sources: list[set[str]], known: set[str], named: 
 # ------------------------------------------------------------------------------------ what is new
 
 
-@dataclass
+@dataclass(eq=False)
 class Evidence:
     """One call as the reward sees it. Words are tokens."""
     call: object             # an agents.Call
@@ -86,7 +89,7 @@ class Evidence:
     @property
     def result(self) -> set[str]:
         """The words of its observation, evidence or not."""
-        return set(tokens(leaves(self.call.observation)))
+        return set(content(leaves(self.call.observation)))
 
 
 def weigh(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
@@ -116,21 +119,24 @@ def thing_of(own: set[str], question: str) -> tuple[str, ...]:
     return tuple(thing) if share >= 0.5 else ()
 
 
-NOTHING = re.compile(r"\b(no|not|nothing|none|unknown)\b.*\b(found|information|results?|records?|"
-                     r"data|match(es)?|available|known|exists?)\b", re.I)
+NOTHING = re.compile(  # "No results", "could not find it", "There is no information", "N/A"
+    r"\b(no|not|nothing|none|0)\b( \w+){0,3} (found|find|information|results?|records?|entr(y|ies)|"
+    r"pages?|match(es)?|available|exists?|in the (database|index))\b|\b(couldn|can)['’]t find\b|"
+    r"^\W*(not found|n/?a|none|null|unknown|nothing|no (results?|match|entries|such \w+))\b[^,]*$",
+    re.I)
 
 
 def observed(observation: dict) -> list[str]:
     """The tokens of a result. [] if it only says that nothing was found."""
-    text = " ; ".join(map(str, leaves(observation)))
+    text = " ; ".join(map(str, leaves(observation, booleans=True)))
     found = tokens(text)
     return [] if len(found) <= SHORT_RESULT and NOTHING.search(text) else found
 
 
 def counts(call, given: list, grounded: list[bool], length: int, question: str,
            sources: list[set[str]]) -> bool:
-    """Whether a result is evidence. A short one is none if an argument came from nowhere: the tool
-    may only write out what the agent brought up. Arguments of stop words bring up nothing."""
+    """Whether a result is evidence. A short result is not if an argument is ungrounded, because the
+    tool may only write out what the agent made up. An argument of stop words makes nothing up."""
     if call.name in UTILITIES:
         return all(grounded) and computed(call, question, sources)
     pairs = zip(given, grounded, strict=True)
@@ -139,7 +145,8 @@ def counts(call, given: list, grounded: list[bool], length: int, question: str,
 
 def without(text: list[str], echo: list[str]) -> list[str]:
     """The tokens of a text that are not in echo, not even in another spelling. Numbers have one."""
-    close = set(echo)
+    close = {word for word in text if len(word) > 3 and any(word in long for long in echo)}
+    close.update(echo)
     for word in {word for word in echo if not word[-1].isdigit()}:
         close.update(get_close_matches(word, set(text), len(text) or 1, 0.74))
     return [word for word in text if word not in close]
@@ -167,13 +174,15 @@ def computed(call, question: str, sources: list[set[str]]) -> bool:
     return min(len(named), len(inputs)) > 1 and all(is_told(value, results) for value in inputs)
 
 
-def computing(answer: list[str], evidence: list[Evidence], choice: bool) -> list[Evidence] | None:
+def computing(answer: list[str], question: str, evidence: list[Evidence], choice: bool
+              ) -> list[Evidence] | None:
     """The utilities that computed the answer from what was told. None if no utility has a say.
 
     choice: the answer is yes, no, or one of the things compared. Then a `compare` has a say."""
-    gave = [e for e in evidence if e.call.name in UTILITIES and e.result == set(answer)]
+    given = [set(answer), set(answer) - set(tokens(question))]  # "10 days" if it asks for days
+    gave = [e for e in evidence if e.call.name in UTILITIES and e.result in given]
     refuted = choice and any(e.call.name == "compare" and e.told for e in evidence)
-    return [e for e in gave if e.told] if gave or refuted else None
+    return [e for e in gave if e.told and not e.repeated] if gave or refuted else None
 
 
 def holding(answer: str, lookups: list[Evidence]) -> list[Evidence]:
@@ -186,7 +195,7 @@ def holding(answer: str, lookups: list[Evidence]) -> list[Evidence]:
 
 
 def holding_item(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups whose result holds these words, and whose arguments don't, or do so later."""
+    """The lookups whose result holds these words. The arguments of the first one must not."""
     found: list[Evidence] = []
     for e in lookups:
         # A short result that only completes the arguments, "Ada" to "Ada Bo", is no evidence.

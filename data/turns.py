@@ -9,12 +9,16 @@ from itertools import chain
 from data.schema import STRING, Rejected, strict_json
 
 TAG = re.compile(r"</?(?:think|answer|tool_call|tool_response)>")
+NAME = re.compile(r"""\{\s*["']name["']\s*:""")
+ARGUMENTS = re.compile(r"""["'](?:arguments|parameters)["']\s*:""")
 
 
 def read_turn(text: str, plain_answer: bool, notes: list[str]) -> tuple:
     """A turn -> its thought, the JSON of its calls, its answer, its error (see agents.Turn)."""
     blocks, beside = split_blocks(text, notes)
     thoughts, answers, bodies = blocks.values()
+    if not (answers or bodies):
+        bodies, beside = bare_call(beside, notes)
     # A space replaces the tag. Else "<thi<think>nk>" would become a tag again.
     thought = "\n".join(part.replace("<think>", " ").strip() for part in thoughts).strip()
     first = text.lstrip().startswith("<think>") and "<think>" not in thoughts[0]
@@ -34,6 +38,14 @@ def read_turn(text: str, plain_answer: bool, notes: list[str]) -> tuple:
     if error:
         notes.append(error)
     return thought, [], None if error else answers[0], error
+
+
+def bare_call(text: str, notes: list[str]) -> tuple[list[str], str]:
+    """Text without tags -> the JSON of a call in it, the remaining text."""
+    if NAME.search(text) and ARGUMENTS.search(text):
+        notes.append("call without a tag")
+        return [text], ""
+    return [], text
 
 
 def answers_error(answers: list[str]) -> str | None:

@@ -11,7 +11,7 @@ MONTH = f"({'|'.join(f'{month}|{month[:3]}' for month in MONTHS)}|Sept)\\.?"
 DAY = r"(\d\d?)(?:st|nd|rd|th)?"
 DAY_FIRST = re.compile(rf"\b{DAY} (?:of )?{MONTH},? (\d{{4}})\b", re.I)
 MONTH_FIRST = re.compile(rf"\b{MONTH} {DAY},? (\d{{4}})\b", re.I)
-ISO = r"\d{4}-\d\d-\d\d(?!\w)"
+ISO = r"\d{4}-\d\d-\d\d(?!\d)"
 NUMBER = r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 SCALED = re.compile(rf"(?<!,)({NUMBER}) (thousand|million|billion)\b")
 SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9}
@@ -19,7 +19,9 @@ TOKEN = re.compile(rf"{ISO}|{NUMBER}|[^\W_]+")  # "12km" is two tokens
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
                 "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen",
                 "seventeen", "eighteen", "nineteen", "twenty"]
-INITIALS = re.compile(r"\b(?:[A-Za-z]\. ?){2,}")  # U.S., J. K.
+TENS = {"thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "seventy": "70",
+        "eighty": "80", "ninety": "90"}
+INITIALS = re.compile(r"\b(?:[A-Z]\b\.? ?){2,}")  # U.S., J. K., J K
 # Letters that Unicode does not split into a letter and an accent, and other signs.
 LETTERS = str.maketrans({"\u2019": "'", "\u2212": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
                          "đ": "d", "ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe"})
@@ -28,7 +30,7 @@ STOP = set(re.findall(r"\w+", """
     a about after all also am an and any are as at be been before both but by did do does each first
     for from had has have he her him his how if in into is it its last me more most no not of on or
     other second she than that the their them then there these they this those to was we were what
-    when where which who whom whose why will with would yes you"""))
+    when where which who whom whose why will with would yes you wikipedia imdb"""))
 
 
 def flat(lists: Iterable[Iterable]) -> list:
@@ -62,8 +64,9 @@ def normal(word: str) -> list[str]:
     if re.fullmatch(NUMBER, word):
         word = word.replace(",", "")
         return [f"{float(word):.15g}" if len(word) < 16 else word]
-    if word in NUMBER_WORDS and word not in STOP:
+    if word in NUMBER_WORDS and word not in STOP:  # "one" is a stop word
         return [str(NUMBER_WORDS.index(word))]
+    word = TENS.get(word, word)
     plural = len(word) > 3 and word[-1] == "s" != word[-2] and word not in STOP
     return [word[:-1] if plural else word]
 
@@ -78,7 +81,7 @@ def tokens(text: object) -> list[str]:
 
 
 def content(text: object) -> list[str]:
-    """The tokens that are no stop words; all tokens if there are no others."""
+    """The tokens without stop words. A text of stop words only keeps them."""
     found = tokens(text)
     return [token for token in found if token not in STOP] or found
 
@@ -133,10 +136,11 @@ def is_told(topic: Iterable[str], sources: list[set[str]]) -> bool:
     return any(wanted <= source for source in sources)
 
 
-def leaves(value: object) -> list:
-    """The strings and numbers inside a JSON value, without true, false and null."""
+def leaves(value: object, booleans: bool = False) -> list:
+    """The strings and numbers inside a JSON value, and true and false if `booleans` is set."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return flat(map(leaves, value))
-    return [] if value is None or isinstance(value, bool) else [value]
+        return flat(leaves(part, booleans) for part in value)
+    left_out = value is None or (isinstance(value, bool) and not booleans)
+    return [] if left_out else [value]

@@ -758,9 +758,10 @@ def hack_cases(real=15):
 
 
 # -------------------------------------------------------------------------------------- labelled cases
-# reward_cases.jsonl: single cases of three parts of the reward, with the verdict of a person.
+# reward_cases.jsonl and more_cases.jsonl: single cases of three parts of the reward, with the verdict of a person.
 
-LABELLED = [json.loads(line) for line in (CASES / "reward_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+LABELLED = [json.loads(line) for name in ("reward_cases.jsonl", "more_cases.jsonl")
+            for line in (CASES / name).read_text(encoding="utf-8").splitlines()]
 NUMBER_TOOL = tool("records", "Find the record with a value.", "text", value={"type": "number"})
 OPTION_SEARCH = tool("search", "Search an encyclopedia.", "text", query=TEXT,
                      top_k={"type": "integer", "description": "number of results"})

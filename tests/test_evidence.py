@@ -44,9 +44,9 @@ def make(given, observation, question=QUESTION, results=(), name="search", error
     ("n", 5, {**WHOLE, "description": "Number of results."}, True), ("page", 2, WHOLE, True),
     ("n", 5, {**WHOLE, "description": "how many pages to read"}, True),
     ("year", 1946, WHOLE, False), ("year", 1946, {**WHOLE, "description": "The year."}, False),
-    ("limit", "5", TEXT, False), ("limit", 5, {"type": "number"}, False), ("park", 5, WHOLE, False),
+    ("limit", "5", TEXT, False), ("limit", 5, {"type": "number"}, True), ("number", 42, WHOLE, False), ("park", 5, WHOLE, False),
     ("language", "en", TEXT, True), ("lang", "de", TEXT, True), ("locale", "en-GB", TEXT, True),
-    ("language", "Sumerian", TEXT, False), ("query", "en", TEXT, False),
+    ("language", "Sumerian", TEXT, True), ("query", "en", TEXT, False),
     ("unit", "land", {"enum": ["land"]}, True), ("kind", "x", {"const": "x"}, True), ("unit", "land", TEXT, False),
     ("sure", True, {}, True), ("sure", None, {}, True), ("sure", 0, {}, False), ("sure", "true", TEXT, False)])
 def test_options_by_hand(name, value, schema, expected):
@@ -134,7 +134,7 @@ def test_what_is_asked_is_free_beside_a_told_name():
     ({"text": "No results."}, []), ({"text": "Nothing was found."}, []), ({"text": "not available"}, []),
     ({"text": "There is no information about Jaws."}, []), ({"value": "unknown", "why": "no such record exists"}, []),
     ({"text": "No."}, ["no"]), ({"text": "It was found."}, ["it", "was", "found"]), ({}, []),
-    ({"text": "It has no outlet."}, ["it", "has", "no", "outlet"]), ({"people": 12, "sure": True}, ["people", "12"][1:]),
+    ({"text": "It has no outlet."}, ["it", "has", "no", "outlet"]), ({"people": 12, "sure": True}, ["12", "true"]),
     ({"a": ["Reno", {"b": "Truckee"}]}, ["reno", "truckee"])])
 def test_observed_by_hand(observation, expected):
     assert observed(observation) == expected
@@ -160,7 +160,7 @@ def test_a_call_by_hand():
     assert e.grounded == [True] and e.own == {"jaw", "1946", "director"} and e.thing == ("jaw",)
     assert [tuple(topic) for topic in e.topics] == [("jaw", "1946"), ("1946",)]
     assert e.told == ["jaw", "is", "by", "steven", "spielberg", "born", "1946-12-18", "1946", "december"]
-    assert e.new == {"is", "by", "steven", "spielberg", "1946-12-18", "december"} and e.result == set(e.told)
+    assert e.new == {"is", "by", "steven", "spielberg", "1946-12-18", "december"} and e.result == set(e.told) - {"is", "by"}
     assert (e.turn, e.repeated) == (0, False)
 
 

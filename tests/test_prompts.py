@@ -190,6 +190,15 @@ def test_the_program_begins_each_turn(long):
     assert trace.ids == long.full.encode(first + CALL + END + second + ANSWER + END).ids
 
 
+def test_plain_text_after_the_forced_think_is_an_answer(long):
+    """The thought that the program opens would swallow it. Before the first call it is no answer."""
+    trace = play(scripted(long, in_turn(CALL, "Velka")))
+    assert (trace.status, trace.answer) == ("answered", "Velka")
+    assert trace.turns[1].departures == ["no thought", "answer without a tag"]
+    assert segments(trace, long, 0)[1].endswith("<think>\n") and segments(trace, long, 1)[1] == "Velka" + END
+    assert play(scripted(long, in_turn("Velka"))).status == "malformed"
+
+
 def test_the_beginning_counts_in_the_budget(long):
     """A trace is truncated where the observation and the beginning of the next turn leave no token."""
     full = len(play(scripted(long, in_turn(CALL, ANSWER))).ids)

@@ -142,7 +142,8 @@ BY_HAND = {
     "an argument of an article": ([call("census", city="The"), answer("12")], [{"people": 12}], (1, 0, 1, 1)),
     "part of what was told": (HONEST, [{"city": "old Velka"}, {"country": "south of Dumo"}], ONES),
     "deep in the observation": (HONEST, [TOLD[0], {"a": [{"b": ["x", "Dumo"]}]}], ONES),
-    "true and null are no evidence": ([call("census"), answer("true")], [{"people": True, "x": None}], ZEROS),
+    "true is evidence": ([call("census"), answer("true")], [{"people": True, "x": None}], ONES),
+    "null is no evidence": ([call("census"), answer("null")], [{"people": None}], ZEROS),
     "an error is no evidence": (HONEST, [{"error": "Velka"}, TOLD[1]], ZEROS),
     "nothing found is no evidence": ([ADA, answer("No")], [{"city": "no city found"}], ZEROS),
     "computed": ([call("census"), call("calculator", expression="1815 - 12"), answer("1803")], [{"people": 12}], ONES),
@@ -183,6 +184,8 @@ def check_by_hand(trace, expected):
     grammar = (1 + len(trace.turns) - unread) / (1 + len(trace.turns))
     assert part("grammar", trace) == pytest.approx(grammar) and [part("support", trace), part("economy", trace)] == pytest.approx(expected[2:])
     whole = reward(trace, ["no such answer"], GRPOConfig())
+    if expected[3] == 0:
+        grammar = 1 / (1 + unread)
     assert [whole[name] for name in PARTS] == pytest.approx([grammar, *expected])
     assert whole["consistency"] == pytest.approx((grammar + sum(expected)) / 5)
     assert whole["answer"] == whole["em"] == 0 and whole["reward"] == pytest.approx(0.3 * whole["consistency"])
@@ -213,6 +216,7 @@ COMPARED = {
     "by compare": (OLDER, [ADA + CY.replace("<think>Let me see.</think>", ""), compare_both(1815, 1820), answer("Ada Bo")],
                    AGES, ONES),
     "an invented value": (OLDER, [ADA, CY, compare_both(1815, 1821), answer("Ada Bo")], AGES, ZEROS),
+    "the question itself is no choice": (OLDER, [ADA, CY, answer(OLDER)], AGES, ZEROS),
     "the winner is not the answer": (OLDER, [ADA, CY, compare_both(1815, 1820), answer("Cy Dee")], AGES,
                                      (1, 1, 0, 2 / 3)),
     "a difference": ("How much older is Ada Bo than Cy Dee?", [ADA, CY, answer("5")], AGES, ONES),
@@ -249,6 +253,15 @@ def test_calls_of_no_use_earn_no_more_than_no_call(texts):
         got = score(texts, [{"people": 3}], [gold])
         assert [got[name] for name in PARTS] == [1, 0, 0, 0, 0]
         assert got["reward"] == pytest.approx(0.7 * right + 0.3 / 5)
+
+
+def test_a_failed_call_may_be_tried_again():
+    """The second, equal call is no repetition: it brings the first result."""
+    trace = play([ADA, ADA, VELKA, answer("Dumo")], [{"error": "timeout"}, *TOLD])
+    assert [part(name, trace) for name in ("support", "economy")] == pytest.approx([1, 2 / 3])
+    assert [e.repeated for e in collect_evidence(trace)] == [False, False, False]
+    trace = play([ADA, ADA, VELKA, answer("Dumo")], [TOLD[0], *TOLD])
+    assert [e.repeated for e in collect_evidence(trace)] == [False, True, False]
 
 
 @pytest.mark.parametrize("said, golds, partial, expected", [

@@ -192,6 +192,18 @@ def test_text_without_a_tag_is_an_answer_where_the_caller_says_so(text, answer):
     assert parse_turn(text).error == "neither call nor answer"
 
 
+@pytest.mark.parametrize("text", [
+    '{"name": "search", "arguments": {"query": "Elbe"}}', '```json\n{"name": "search", "arguments": {"query": "Elbe"}}\n```',
+    "<think>t</think>\nI search: {'name': 'search', 'parameters': {'query': 'Elbe'}}"])
+@pytest.mark.parametrize("plain_answer", [True, False])
+def test_a_call_without_a_tag_is_read(text, plain_answer):
+    """Small models leave the tag out. A sentence about names and arguments is no call."""
+    turn = parse_turn(text, plain_answer)
+    assert [(call.name, call.arguments, call.error) for call in turn.calls] == [("search", {"query": "Elbe"}, None)]
+    assert turn.answer is None and turn.error is None and "call without a tag" in turn.departures
+    assert parse_turn('The "name": and "arguments": of it', True).calls == []
+
+
 def hermes(text):
     """The calls that vLLM's hermes parser reads. None where it gives up."""
     found = re.findall(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", text, re.DOTALL)
