@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import SHORT_RESULT, Evidence, computing, holding, is_difference, is_used, weigh
+from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_used, with_answer
 from data.prompts import LONG
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, world_seed
@@ -125,13 +125,13 @@ def collect_evidence(trace: Trace) -> list[Evidence]:
     for number, turn in enumerate(trace.turns):
         first = len(evidence)
         for call in turn.calls:
-            e = weigh(call, tools.get(call.name), number, trace.question, sources)
+            e = evidence_of(call, tools.get(call.name), number, trace.question, sources)
             signature = json.dumps([call.name, call.arguments], sort_keys=True)
             e.repeated = signature in seen
             if call.succeeded:  # to try a failed call again is no repetition
                 seen.add(signature)
             evidence.append(e)
-        sources = sources + [set(e.told) for e in evidence[first:]]
+        sources = sources + [set(e.result_words) for e in evidence[first:]]
     return evidence
 
 
@@ -141,18 +141,18 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     answer = content(trace.answer)
     if not normalize(trace.answer) and answer not in names(trace.question):
         return []  # an article, such as "the", is no answer; "A" may be a name
-    results = computing(answer, trace.question, evidence, is_choice(trace))
+    results = computed_by(answer, trace.question, evidence, is_choice(trace))
     if results is not None:
         return results
-    lookups = [e for e in evidence if e.new and not e.repeated]
+    lookups = [e for e in evidence if e.new_words and not e.repeated]
     if is_choice(trace):  # its result may only repeat a word of the question
-        lookups = [e for e in evidence if set(e.told) - e.own and not e.repeated]
+        lookups = [e for e in evidence if set(e.result_words) - e.argument_words and not e.repeated]
         return compared(trace, lookups)
     question = set(content(trace.question))
     # A long result for the whole question holds many possible answers.
     whole = 0.8 * len(question)
-    lookups = [e for e in lookups if len(e.told) <= SHORT_RESULT or len(question & e.own) < whole]
-    found = holding(trace.answer, lookups)
+    lookups = [e for e in lookups if e.is_short or len(question & e.argument_words) < whole]
+    found = with_answer(trace.answer, lookups)
     return compared(trace, lookups) if not found and is_difference(answer, lookups) else found
 
 
@@ -167,10 +167,10 @@ def is_choice(trace: Trace) -> bool:
 def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
     """The lookups, if they are about two of the things that the question names. For yes or no, one
     is enough, as in "Is Ada from Rome?"."""
-    about = {e.thing for e in lookups if all(e.grounded) and e.thing}
+    entities = {e.entity for e in lookups if all(e.grounded) and e.entity}
     one = names(trace.question) and not re.search(r"\b(and|or|both|same)\b", trace.question)
     enough = 1 if one and normalize(trace.answer) in ("yes", "no") else 2
-    return lookups if len(about) >= enough else []
+    return lookups if len(entities) >= enough else []
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
@@ -204,8 +204,8 @@ def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
     supported = supporting(trace, evidence)
     useful = [e for e in evidence if e in supported or is_used(e, evidence)]
     for e in evidence:
-        alone = e.new and e.thing and e.thing not in [other.thing for other in useful]
-        if supported and alone:
+        uncovered = e.entity and e.entity not in [other.entity for other in useful]
+        if supported and e.new_words and uncovered:
             useful.append(e)
     return len(useful) / len(evidence) if evidence else 0.0
 

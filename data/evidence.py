@@ -12,8 +12,8 @@ from data.words import (
     STOP,
     content,
     flat,
+    in_sources,
     is_number,
-    is_told,
     leaves,
     names,
     near,
@@ -63,7 +63,8 @@ def is_grounded(value: object, sources: list[set[str]], known: set[str], named: 
     text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
     for topic in names(text) + [[n] for n in numbers(text)]:
         # "Ada Bo Birthplace" in capitals: beside a told name of two words, others may be plain.
-        if not is_told(topic, sources) and not (len(topic) > 2 and is_told(topic[:2], sources)):
+        begins = topic[:2] if len(topic) > 2 else topic
+        if not in_sources(topic, sources) and not in_sources(begins, sources):
             return False
     words = [word for word in tokens(text) if word not in STOP] or flat(names(text))
     untold = sum(word[:5] not in known for word in words)
@@ -80,11 +81,16 @@ class Evidence:
     turn: int                # index of its turn
     repeated: bool           # an equal call came before
     grounded: list[bool]     # for each argument: was it told before?
-    own: set[str]            # the words of its arguments
+    argument_words: set[str]
     topics: list[list[str]]  # each name and number in its arguments
-    told: list[str]          # the words of its observation; [] if it is no evidence
-    new: set[str]            # of these, the words that neither question nor arguments hold
-    thing: tuple[str, ...]   # the name in the question that its arguments are about, or ()
+    result_words: list[str]  # [] if its result is no evidence
+    new_words: set[str]      # of these, the ones that neither question nor arguments hold
+    entity: tuple[str, ...]  # the name in the question that its arguments are about, or ()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether its result is a value, not running text."""
+        return len(self.result_words) <= SHORT_RESULT
 
     @property
     def result(self) -> set[str]:
@@ -92,31 +98,33 @@ class Evidence:
         return set(content(leaves(self.call.observation)))
 
 
-def weigh(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
+def evidence_of(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
     """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
     given = arguments(call.arguments, tool.parameters if tool else {})
     if call.name == "calculator":
         given = [spaced(value) for value in given]
     schema = tokens(tool.schema) if tool else []
     known = {word[:5] for word in chain(*sources, schema)}  # "direc": director, directed
-    named = any(is_told(name, sources) for name in flat(map(names, given)))
+    named = any(in_sources(name, sources) for name in flat(map(names, given)))
     grounded = [is_grounded(value, sources, known, named) for value in given]
-    own = set(flat(map(tokens, [*given, *leaves(call.arguments)])))
-    told = observed(call.observation) if call.succeeded else []
-    if not counts(call, given, grounded, len(told), question, sources):
-        told = []
-    told = without(told, [word for word in own if word[:5] not in known])
-    new = set(told) - sources[0] - own
-    about = flat(map(topics, given))
-    return Evidence(call, turn, False, grounded, own, about, told, new, thing_of(own, question))
+    argument_words = set(flat(map(tokens, [*given, *leaves(call.arguments)])))
+    made_up = [word for word in argument_words if word[:5] not in known]
+    result_words = observed(call.observation) if call.succeeded else []
+    if not is_evidence(call, given, grounded, len(result_words), question, sources):
+        result_words = []
+    result_words = without_echo(result_words, made_up)
+    return Evidence(call=call, turn=turn, repeated=False, grounded=grounded,
+                    argument_words=argument_words, topics=flat(map(topics, given)),
+                    result_words=result_words, entity=entity_of(argument_words, question),
+                    new_words=set(result_words) - sources[0] - argument_words)
 
 
-def thing_of(own: set[str], question: str) -> tuple[str, ...]:
+def entity_of(words: set[str], question: str) -> tuple[str, ...]:
     """The name in the question that these words are about: at least half of it is among them."""
-    things = names(question) or [[word] for word in content(question)]
-    shares = [(len(own & set(thing)) / len(thing), len(thing), thing) for thing in things]
-    share, _, thing = max(shares, default=(0, 0, []))
-    return tuple(thing) if share >= 0.5 else ()
+    entities = names(question) or [[word] for word in content(question)]
+    shares = [(len(words & set(e)) / len(e), len(e), e) for e in entities]
+    share, _, entity = max(shares, default=(0, 0, []))
+    return tuple(entity) if share >= 0.5 else ()
 
 
 NOTHING = re.compile(  # "No results", "could not find it", "There is no information", "N/A"
@@ -133,17 +141,17 @@ def observed(observation: dict) -> list[str]:
     return [] if len(found) <= SHORT_RESULT and NOTHING.search(text) else found
 
 
-def counts(call, given: list, grounded: list[bool], length: int, question: str,
-           sources: list[set[str]]) -> bool:
+def is_evidence(call, given: list, grounded: list[bool], length: int, question: str,
+                sources: list[set[str]]) -> bool:
     """Whether a result is evidence. A short result is not if an argument is ungrounded, because the
     tool may only write out what the agent made up. An argument of stop words makes nothing up."""
     if call.name in UTILITIES:
         return all(grounded) and computed(call, question, sources)
     pairs = zip(given, grounded, strict=True)
-    return length > SHORT_RESULT or all(told or set(tokens(value)) <= STOP for value, told in pairs)
+    return length > SHORT_RESULT or all(ok or set(tokens(value)) <= STOP for value, ok in pairs)
 
 
-def without(text: list[str], echo: list[str]) -> list[str]:
+def without_echo(text: list[str], echo: list[str]) -> list[str]:
     """The tokens of a text that are not in echo, not even in another spelling. Numbers have one."""
     close = {word for word in text if len(word) > 3 and any(word in long for long in echo)}
     close.update(echo)
@@ -162,63 +170,63 @@ def computed(call, question: str, sources: list[set[str]]) -> bool:
     given = call.arguments
     if call.name == "calculator":  # a number that is used twice can make any result
         inputs = numbers(spaced(given.get("expression")))
-        return len(set(inputs)) == len(inputs) > 1 and all(is_told([n], sources) for n in inputs)
+        return len(set(inputs)) == len(inputs) > 1 and all(in_sources([n], sources) for n in inputs)
     if call.name == "date_difference":
         return given.get("start") != given.get("end")
     inputs = {tuple(tokens(value)) for value in leaves(given.get("values") or given.get("items"))}
     results = sources[1:]  # compare and count work on what was looked up
     if call.name == "count":  # the items of one list, if the question asks for their number
         asked = re.search(r"how many|number", question, re.I)
-        return bool(asked) and len(inputs) > 1 and is_told(chain(*inputs), results)
+        return bool(asked) and len(inputs) > 1 and in_sources(chain(*inputs), results)
     named = {tuple(tokens(name)) for name in leaves(given.get("names"))}
-    return min(len(named), len(inputs)) > 1 and all(is_told(value, results) for value in inputs)
+    return min(len(named), len(inputs)) > 1 and all(in_sources(value, results) for value in inputs)
 
 
-def computing(answer: list[str], question: str, evidence: list[Evidence], choice: bool
-              ) -> list[Evidence] | None:
+def computed_by(answer: list[str], question: str, evidence: list[Evidence], choice: bool
+                ) -> list[Evidence] | None:
     """The utilities that computed the answer from what was told. None if no utility has a say.
 
     choice: the answer is yes, no, or one of the things compared. Then a `compare` has a say."""
     given = [set(answer), set(answer) - set(tokens(question))]  # "10 days" if it asks for days
     gave = [e for e in evidence if e.call.name in UTILITIES and e.result in given]
-    refuted = choice and any(e.call.name == "compare" and e.told for e in evidence)
-    return [e for e in gave if e.told and not e.repeated] if gave or refuted else None
+    refuted = choice and any(e.call.name == "compare" and e.result_words for e in evidence)
+    return [e for e in gave if e.result_words and not e.repeated] if gave or refuted else None
 
 
-def holding(answer: str, lookups: list[Evidence]) -> list[Evidence]:
+def with_answer(answer: str, lookups: list[Evidence]) -> list[Evidence]:
     """The lookups whose results hold the answer, or, if it is a list, at least one of its items."""
     for items in ([answer], re.split(r"[,;&]|\band\b", answer)):
-        found = [holding_item(content(item), lookups) for item in items if tokens(item)]
+        found = [with_item(content(item), lookups) for item in items if tokens(item)]
         if found and all(found):
             return [e for e in lookups if any(e in group for group in found)]
     return []
 
 
-def holding_item(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
+def with_item(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
     """The lookups whose result holds these words. The arguments of the first one must not."""
     found: list[Evidence] = []
     for e in lookups:
         # A short result that only completes the arguments, "Ada" to "Ada Bo", is no evidence.
-        completes = e.own and e.own <= set(answer) and len(e.told) <= SHORT_RESULT
-        is_new = not set(answer) <= e.own and not completes
-        if near(answer, e.told) and (found or is_new):
+        completes = e.is_short and e.argument_words and e.argument_words <= set(answer)
+        is_new = not set(answer) <= e.argument_words and not completes
+        if near(answer, e.result_words) and (found or is_new):
             found.append(e)
     return found
 
 
 def is_used(e: Evidence, evidence: list[Evidence]) -> bool:
-    """Whether a name or number that a call told is an argument of a call in a later turn."""
-    later = [other for other in evidence if other.turn > e.turn and other.told]
+    """Whether a name or number in the result of a call is an argument in a later turn."""
+    later = [other for other in evidence if other.turn > e.turn and other.result_words]
     used = flat(other.topics for other in later if not other.repeated)
-    told = any(set(topic) <= set(e.told) and set(topic) & e.new for topic in used)
-    return told and not e.repeated
+    taken = any(set(topic) <= set(e.result_words) and set(topic) & e.new_words for topic in used)
+    return taken and not e.repeated
 
 
 def is_difference(answer: list[str], lookups: list[Evidence]) -> bool:
     """Whether the answer is the difference of two numbers from two short results."""
-    short = [e for e in lookups if len(e.told) <= SHORT_RESULT]
+    short = [e for e in lookups if e.is_short]
     for a, b in combinations(short, 2):
-        for x, y in product(filter(is_number, a.told), filter(is_number, b.told)):
+        for x, y in product(filter(is_number, a.result_words), filter(is_number, b.result_words)):
             if tokens(abs(float(x) - float(y))) == answer:
                 return True
     return False

@@ -130,7 +130,7 @@ def near(wanted: list[str], text: list[str]) -> bool:
     return any(set(wanted) <= set(text[i:i + width]) for i in starts)
 
 
-def is_told(topic: Iterable[str], sources: list[set[str]]) -> bool:
+def in_sources(topic: Iterable[str], sources: list[set[str]]) -> bool:
     """Whether one source holds all words of a topic."""
     wanted = set(topic)
     return any(wanted <= source for source in sources)

@@ -9,14 +9,14 @@ from agents import UTILITIES, Call, Tool
 from data.evidence import (
     arguments,
     computed,
-    holding,
+    entity_of,
+    evidence_of,
     is_difference,
     is_grounded,
     is_option,
     observed,
-    thing_of,
-    weigh,
-    without,
+    with_answer,
+    without_echo,
 )
 from data.words import names, tokens
 
@@ -33,7 +33,7 @@ def make(given, observation, question=QUESTION, results=(), name="search", error
     """The evidence of a call after these results. Every argument without a schema is a text."""
     made = dict.fromkeys(given, TEXT) | properties
     tool = UTILITIES.get(name) or Tool(name, f"The {name}.", {"type": "object", "properties": made}, {"type": "object"})
-    return weigh(Call(name, given, error, observation), tool, len(results), question, sources(question, *results))
+    return evidence_of(Call(name, given, error, observation), tool, len(results), question, sources(question, *results))
 
 
 # -------------------------------------------------------------------------------------- arguments of a call
@@ -151,16 +151,16 @@ def test_a_long_text_may_say_that_something_was_not_found():
     ("born 1946 1947", ["1946"], "born 1947"), ("born 1947", ["1946"], "born 1947"), ("", ["x"], ""), ("x", [], "x")])
 def test_without_by_hand(text, echo, expected):
     """What the agent brought up goes, also in another spelling. A number has no other spelling."""
-    assert without(text.split(), echo) == expected.split()
+    assert without_echo(text.split(), echo) == expected.split()
 
 
 def test_a_call_by_hand():
     e = make({"query": "Jaws 1946 director", "Velka": True}, {"text": "Jaws is by Steven Spielberg, born 18 December 1946"},
              Velka={"type": "boolean"})
-    assert e.grounded == [True] and e.own == {"jaw", "1946", "director"} and e.thing == ("jaw",)
+    assert e.grounded == [True] and e.argument_words == {"jaw", "1946", "director"} and e.entity == ("jaw",)
     assert [tuple(topic) for topic in e.topics] == [("jaw", "1946"), ("1946",)]
-    assert e.told == ["jaw", "is", "by", "steven", "spielberg", "born", "1946-12-18", "1946", "december"]
-    assert e.new == {"is", "by", "steven", "spielberg", "1946-12-18", "december"} and e.result == set(e.told) - {"is", "by"}
+    assert e.result_words == ["jaw", "is", "by", "steven", "spielberg", "born", "1946-12-18", "1946", "december"]
+    assert e.new_words == {"is", "by", "steven", "spielberg", "1946-12-18", "december"} and e.result == set(e.result_words) - {"is", "by"}
     assert (e.turn, e.repeated) == (0, False)
 
 
@@ -173,16 +173,16 @@ def test_a_call_by_hand():
     ({"query": "Jaws", "name": "Spielberg"}, {"text": "Spielberg"}, set()),
     ({"query": "Jaws", "name": "Spilberg"}, {"text": "Spielberg"}, set())])
 def test_new_words_by_hand(given, observation, expected):
-    assert make(given, observation).new == expected
+    assert make(given, observation).new_words == expected
 
 
 def test_a_long_result_of_a_name_from_nowhere_tells_all_but_this_name():
     e = make({"query": "Spilberg"}, {"text": LONG.format("Spielberg and Velka")})
-    assert "velka" in e.new and "spielberg" not in e.told
+    assert "velka" in e.new_words and "spielberg" not in e.result_words
 
 
 def test_a_refused_call_tells_nothing():
-    assert make({"query": "Jaws"}, {"text": "Spielberg"}, error="unknown tool").told == []
+    assert make({"query": "Jaws"}, {"text": "Spielberg"}, error="unknown tool").result_words == []
 
 
 def utility(name, *results, question=QUESTION, **given):
@@ -230,18 +230,18 @@ def test_count_needs_the_items_of_one_result(expected, items, results, question)
 def test_a_utility_tells_only_what_follows_from_told_inputs():
     results = ["Jaws was shown 2 November 1932, Orca 12 days later"]
     good = {"expression": "1946 - 12"}
-    assert make(good, {"result": 1934}, name="calculator", results=results).new == {"1934"}
-    assert make({"expression": "1946 - 13"}, {"result": 1933}, name="calculator", results=results).new == set()
+    assert make(good, {"result": 1934}, name="calculator", results=results).new_words == {"1934"}
+    assert make({"expression": "1946 - 13"}, {"result": 1933}, name="calculator", results=results).new_words == set()
     dates = {"start": "1932-11-02", "end": "1932-11-14"}
-    assert make(dates, {"days": 12}, name="date_difference", results=results).told == []
-    assert make(dates, {"days": 12}, name="date_difference", results=[*results, "14 November 1932"]).told == ["12"]
+    assert make(dates, {"days": 12}, name="date_difference", results=results).result_words == []
+    assert make(dates, {"days": 12}, name="date_difference", results=[*results, "14 November 1932"]).result_words == ["12"]
     longer = {"result": LONG.format("Velka")}  # a utility's result is never evidence for its length
-    assert make({"expression": "1946 - 13"}, longer, name="calculator", results=results).told == []
+    assert make({"expression": "1946 - 13"}, longer, name="calculator", results=results).result_words == []
 
 
 def evidence(*rows):
     """One lookup per row (words of the arguments, result)."""
-    return [replace(make({}, {"text": text}), own=set(tokens(own))) for own, text in rows]
+    return [replace(make({}, {"text": text}), argument_words=set(tokens(own))) for own, text in rows]
 
 
 @pytest.mark.parametrize("answer, rows, expected", [
@@ -257,7 +257,7 @@ def evidence(*rows):
     ("Reno and Elko", [("Jaws", "Reno is as far from the old town of " + LONG.format("Elko"))], [0])])
 def test_holding_by_hand(answer, rows, expected):
     lookups = evidence(*rows)
-    assert holding(answer, lookups) == [lookups[i] for i in expected]
+    assert with_answer(answer, lookups) == [lookups[i] for i in expected]
 
 
 @pytest.mark.parametrize("answer, results, expected", [
@@ -274,7 +274,7 @@ def test_a_difference_by_hand(answer, results, expected):
     ("Mary", "Is Ada Mary Bo old?", ""), ("birthday", "Who is older, Elia Kazan or Moustapha Akkad?", ""),
     ("lake", "is the lake salt?", "lake"), ("", QUESTION, ""), ("Jaws", "", ""), ("", "", "")])
 def test_the_thing_that_words_are_about(own, question, expected):
-    assert " ".join(thing_of(set(tokens(own)), question)) == expected
+    assert " ".join(entity_of(set(tokens(own)), question)) == expected
 
 
 # ---------------------------------------------------------------------------------- what nobody would write
@@ -295,8 +295,8 @@ def test_any_text_can_be_weighed_and_fast():
                  ("count", {"items": [text]}), ("calculator", {"expression": text})]
         for name, given in calls:
             e = make(given, {"text": text, "more": ["Velka", 1e300]}, results=[text], name=name)
-            assert len(e.grounded) >= 1 and e.new <= set(e.told)
-            assert holding(text[:500], [e]) in ([], [e]) and thing_of({"ada"}, text) is not None
+            assert len(e.grounded) >= 1 and e.new_words <= set(e.result_words)
+            assert with_answer(text[:500], [e]) in ([], [e]) and entity_of({"ada"}, text) is not None
         assert time.perf_counter() - start < 4, text[:20]
 
 
@@ -312,9 +312,9 @@ def test_a_hundred_words_from_nowhere_and_a_long_result_are_fast():
                                    {"start": [], "end": {}}, {}], ids=str)
 @pytest.mark.parametrize("name", UTILITIES)
 def test_any_call_of_a_utility_can_be_weighed(name, given):
-    assert make(given, {"error": "no"}, name=name, error="does not fit").told == []
+    assert make(given, {"error": "no"}, name=name, error="does not fit").result_words == []
 
 
 def test_the_names_of_a_question_are_things():
     for name in names("Who is older, Elia Kazan or Moustapha Akkad?"):
-        assert thing_of(set(name), "Who is older, Elia Kazan or Moustapha Akkad?") == tuple(name)
+        assert entity_of(set(name), "Who is older, Elia Kazan or Moustapha Akkad?") == tuple(name)

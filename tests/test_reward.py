@@ -288,11 +288,11 @@ def test_evidence_by_hand():
     assert [e.repeated for e in got] == [False, False, False, True, False, False, False]
     # Velka comes from an observation of turn 0, so it is grounded from turn 1 on. unit is an enum, sure a boolean.
     assert [e.grounded for e in got] == [[True], [False], [True], [True], [True], [], [True]]
-    assert [e.told for e in got] == [["velka", "ada"], [], ["12"], ["dumo"], ["1803"], [], []]
-    assert [e.new for e in got] == [{"velka"}, set(), {"12"}, {"dumo"}, {"1803"}, set(), set()]
+    assert [e.result_words for e in got] == [["velka", "ada"], [], ["12"], ["dumo"], ["1803"], [], []]
+    assert [e.new_words for e in got] == [{"velka"}, set(), {"12"}, {"dumo"}, {"1803"}, set(), set()]
     land = {"velka", "land"}
-    assert [e.own for e in got] == [{"ada", "bo"}, land, {"1815"}, land, {"1815", "12"}, set(), land]
-    assert [e.thing for e in got] == [("ada", "bo"), (), (), (), (), (), ()]
+    assert [e.argument_words for e in got] == [{"ada", "bo"}, land, {"1815"}, land, {"1815", "12"}, set(), land]
+    assert [e.entity for e in got] == [("ada", "bo"), (), (), (), (), (), ()]
     assert [{tuple(topic) for topic in e.topics} for e in got[:5]] == [
         {("ada", "bo")}, {("velka",)}, {("1815",)}, {("velka",)}, {("1815",), ("12",)}]
     assert got[1].result == {"dumo"} and got[6].result == {"pata"}
