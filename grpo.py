@@ -220,7 +220,7 @@ def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, floa
         return dict.fromkeys(("reward", "em", "answer", "consistency", *PARTS), 0.0)
     evidence = collect_evidence(trace)
     parts = {name: part(trace, evidence) for name, part in PARTS.items()}
-    if parts["economy"] == 0:  # useless turns earn nothing, not even by their grammar
+    if parts["economy"] == 0:  # useless turns earn nothing
         parts["grammar"] = 1 / (1 + len([turn for turn in trace.turns if turn.departures]))
         parts["valid"] = parts["arguments"] = 0.0
     consistency = sum(parts.values()) / len(parts)

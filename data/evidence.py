@@ -62,7 +62,7 @@ def is_grounded(value: object, sources: list[set[str]], known: set[str], named: 
     holds a name that was told. Then up to three words that say what is asked about it are free."""
     text = re.sub(r"(?<=\S) *\([^()]*\)$", "", str(value))  # "Jaws (film)" is "Jaws"
     for topic in names(text) + [[n] for n in numbers(text)]:
-        # "Ada Bo Birthplace" in capitals: beside a told name of two words, others may be plain.
+        # "Ada Bo Birthplace": after a told name of two words, more capitalised words may be plain.
         begins = topic[:2] if len(topic) > 2 else topic
         if not in_sources(topic, sources) and not in_sources(begins, sources):
             return False
