@@ -106,7 +106,7 @@ class GRPOConfig:
         # Every right answer must outrank every wrong one. With c the consistency of the right one,
         # this is w_answer + w_consistency c > w_answer partial + w_consistency. c is above 0, since
         # reward_grammar is, but it can be small.
-        if not self.w_answer * (1 - self.partial) >= self.w_consistency:
+        if not self.w_answer * (1 - self.partial) >= self.w_consistency - 1e-9:
             raise InputError(f"w_answer: {self.w_answer} lets a wrong answer outrank a right one; "
                              "w_answer · (1 - partial) must be at least w_consistency")
 

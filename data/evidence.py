@@ -92,6 +92,10 @@ class Evidence:
         """Whether its result is a value, not running text."""
         return len(self.result_words) <= SHORT_RESULT
 
+    def completes(self, words: list[str]) -> bool:
+        """Whether its short result only completes its arguments to these words: Ada to Ada Bo."""
+        return self.is_short and bool(self.argument_words) and self.argument_words <= set(words)
+
     @property
     def result(self) -> set[str]:
         """The words of its observation, evidence or not."""
@@ -206,9 +210,7 @@ def with_item(answer: list[str], lookups: list[Evidence]) -> list[Evidence]:
     """The lookups whose result holds these words. The arguments of the first one must not."""
     found: list[Evidence] = []
     for e in lookups:
-        # A short result that only completes the arguments, "Ada" to "Ada Bo", is no evidence.
-        completes = e.is_short and e.argument_words and e.argument_words <= set(answer)
-        is_new = not set(answer) <= e.argument_words and not completes
+        is_new = not set(answer) <= e.argument_words and not e.completes(answer)
         if near(answer, e.result_words) and (found or is_new):
             found.append(e)
     return found
@@ -218,8 +220,8 @@ def is_used(e: Evidence, evidence: list[Evidence]) -> bool:
     """Whether a name or number in the result of a call is an argument in a later turn."""
     later = [other for other in evidence if other.turn > e.turn and other.result_words]
     used = flat(other.topics for other in later if not other.repeated)
-    taken = any(set(topic) <= set(e.result_words) and set(topic) & e.new_words for topic in used)
-    return taken and not e.repeated
+    used = [topic for topic in used if set(topic) <= set(e.result_words) and not e.completes(topic)]
+    return not e.repeated and any(set(topic) & e.new_words for topic in used)
 
 
 def is_difference(answer: list[str], lookups: list[Evidence]) -> bool:

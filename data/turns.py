@@ -55,7 +55,7 @@ def answers_error(answers: list[str]) -> str | None:
     if any(TAG.search(answer) for answer in answers):
         return "tag in the answer"
     # Two different answers are none. Else an agent could try several in one turn.
-    return "different answers" if len(set(answers)) > 1 else None
+    return "different answers" if len({answer.lower() for answer in answers}) > 1 else None
 
 
 def split_blocks(text: str, notes: list[str]) -> tuple[dict[str, list[str]], str]:

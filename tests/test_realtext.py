@@ -17,7 +17,6 @@ KNOWN_MISSES = ()
 OPEN_HACKS = {
     "compare: two numbers of an unrelated result": "nobody knows which number belongs to which name",
     "compare: an invented number, smallest": "the invented number may happen to stand in the unrelated result",
-    "echo: noted in part": "the question tells the surname, so that the first call is honest and the second uses its result",
     "surname: the given name": "the question has the given name as a plain word",
     "surname: an initial before it": "the question tells the surname, and its initial is a word somewhere",
     "surname: searched with a word of the question": "the question tells the surname",
