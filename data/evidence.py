@@ -190,10 +190,13 @@ def computed_by(answer: list[str], question: str, evidence: list[Evidence], choi
                 ) -> list[Evidence] | None:
     """The utilities that computed the answer from what was told. None if no utility has a say.
 
-    choice: the answer is yes, no, or one of the things compared. Then a `compare` has a say."""
-    given = [set(answer), set(answer) - set(tokens(question))]  # "10 days" if it asks for days
+    choice: the answer is yes, no, or named in the question. A `compare` that gives another name of
+    the question refutes it."""
+    asked = set(tokens(question))
+    given = [set(answer), set(answer) - asked]  # "10 days" if it asks for days
     gave = [e for e in evidence if e.call.name in UTILITIES and e.result in given]
-    refuted = choice and any(e.call.name == "compare" and e.result_words for e in evidence)
+    compares = [e for e in evidence if e.call.name == "compare" and e.result_words]
+    refuted = choice and any(e.result <= asked for e in compares)
     return [e for e in gave if e.result_words and not e.repeated] if gave or refuted else None
 
 

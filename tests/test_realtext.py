@@ -41,7 +41,7 @@ def test_a_labelled_case(case):
 
 
 def test_the_known_misses_are_few():
-    assert len(LABELLED) == 39 + 62 and len(KNOWN_MISSES) <= 4
+    assert len(LABELLED) == 39 + 63 and len(KNOWN_MISSES) <= 4
     assert set(KNOWN_MISSES) <= {case["case"] for case in LABELLED}
 
 
