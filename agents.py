@@ -161,7 +161,7 @@ class Call:
 
     @property
     def succeeded(self) -> bool:
-        """A real tool may report an error as its only text."""
+        """Whether its result is no error. A real tool may report one as its only text."""
         result = self.observation or {}
         texts = [text for text in result.values() if isinstance(text, str) and text]
         failed = len(texts) == 1 and re.match(r"(?i)\w*(error|exception)\s*(:|\d|$)", texts[0])
@@ -178,7 +178,7 @@ class Turn:
     thought: str = ""
     calls: list[Call] = field(default_factory=list)
     answer: str | None = None
-    error: str | None = None  # why it is malformed: it holds neither
+    error: str | None = None  # why it is malformed
     departures: list[str] = field(default_factory=list)
 
 
@@ -337,6 +337,7 @@ class AutoAgent:
     def act(self, traces: list[Trace]) -> None:
         """Generate the next turn of each trace."""
         tokenizer = self.sampler.tokenizer
+        closed_book = self.prompts.begin == CLOSED_BOOK
         limits = [min(self.turn_tokens, self.trace_tokens - len(trace.ids)) for trace in traces]
         numbers = [uniforms(trace.key, len(trace.ids), max(limits)) for trace in traces]
         conversations = [self.conversations[trace] for trace in traces]
@@ -350,10 +351,10 @@ class AutoAgent:
             if ids[-1] == tokenizer.end:
                 said = tokenizer.decode(ids[:-1])
                 # Without any tag it is plain text, not the thought that `begin` opens.
-                if self.prompts.begin == CLOSED_BOOK or "<" in said:
+                if closed_book or "<" in said:
                     said = self.prompts.begin + said
                 parsed = parse_turn(said, not trace.tools or bool(trace.calls))
-                if self.prompts.begin == CLOSED_BOOK and parsed.calls:
+                if closed_book and parsed.calls:
                     parsed = Turn(error="call with a closed book")
             else:
                 parsed = Turn(error="ends with another stop token than <|im_end|>")

@@ -140,12 +140,13 @@ def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
     or, in a comparison, at least two of the things compared were looked up."""
     answer = content(trace.answer)
     if not normalize(trace.answer) and answer not in names(trace.question):
-        return []  # an article, such as "the", is no answer; "A" may be a name
-    results = computed_by(answer, trace.question, evidence, is_choice(trace))
+        return []  # "the" is no answer; "A" may be a name
+    choice = is_choice(trace)
+    results = computed_by(answer, trace.question, evidence, choice)
     if results is not None:
         return results
     lookups = [e for e in evidence if e.new_words and not e.repeated]
-    if is_choice(trace):  # its result may only repeat a word of the question
+    if choice:  # its result may only repeat a word of the question
         lookups = [e for e in evidence if set(e.result_words) - e.argument_words and not e.repeated]
         return compared(trace, lookups)
     question = set(content(trace.question))
@@ -192,7 +193,7 @@ def reward_arguments(trace: Trace, evidence: list[Evidence]) -> float:
 
 def reward_support(trace: Trace, evidence: list[Evidence]) -> float:
     """1 if calls support the answer, else 0."""
-    return float(bool(supporting(trace, evidence)))
+    return 1.0 if supporting(trace, evidence) else 0.0
 
 
 def reward_economy(trace: Trace, evidence: list[Evidence]) -> float:
@@ -395,8 +396,7 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
     support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
     return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
             "grammar": reward_grammar(trace, []) if answered else 0.0, "support": support,
-            "calls": len(trace.calls),
-            "valid_calls": len(valid), "length": sum(trace.mask)}
+            "calls": len(trace.calls), "valid_calls": len(valid), "length": sum(trace.mask)}
 
 
 def means(measures: list[dict]) -> dict[str, float | None]:

@@ -79,13 +79,13 @@ class Evidence:
     """One call as the reward sees it. Words are tokens."""
     call: object             # an agents.Call
     turn: int                # index of its turn
-    repeated: bool           # an equal call came before
     grounded: list[bool]     # for each argument: was it told before?
     argument_words: set[str]
     topics: list[list[str]]  # each name and number in its arguments
     result_words: list[str]  # [] if its result is no evidence
     new_words: set[str]      # of these, the ones that neither question nor arguments hold
     entity: tuple[str, ...]  # the name in the question that its arguments are about, or ()
+    repeated: bool = False   # whether an equal call came before; grpo.py sets it
 
     @property
     def is_short(self) -> bool:
@@ -117,7 +117,7 @@ def evidence_of(call, tool, turn: int, question: str, sources: list[set[str]]) -
     if not is_evidence(call, given, grounded, len(result_words), question, sources):
         result_words = []
     result_words = without_echo(result_words, made_up)
-    return Evidence(call=call, turn=turn, repeated=False, grounded=grounded,
+    return Evidence(call=call, turn=turn, grounded=grounded,
                     argument_words=argument_words, topics=flat(map(topics, given)),
                     result_words=result_words, entity=entity_of(argument_words, question),
                     new_words=set(result_words) - sources[0] - argument_words)

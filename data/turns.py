@@ -68,7 +68,8 @@ def split_blocks(text: str, notes: list[str]) -> tuple[dict[str, list[str]], str
     beside = []
     position = 0
     while match := TAG.search(text, position):
-        tag, start = match[0], match.end()
+        tag = match[0]
+        start = match.end()
         beside.append(text[position:match.start()])
         position = start
         if tag not in blocks:
@@ -81,7 +82,8 @@ def split_blocks(text: str, notes: list[str]) -> tuple[dict[str, list[str]], str
         else:
             notes.append(f"{tag} not closed")
             following = TAG.search(text, start)
-            position = end = following.start() if following else len(text)
+            end = following.start() if following else len(text)
+            position = end
         content = text[start:end].strip()
         if closed or content or tag == "<think>":
             blocks[tag].append(content)

@@ -28,7 +28,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def passes(copy: Path, log: Path, *tests: str) -> bool:
     """Whether the tests are green in the copy. A fork runs them and writes what pytest prints to the log."""
-    code, child = 3, os.fork()
+    code = 3
+    child = os.fork()
     if child == 0:
         try:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
@@ -53,9 +54,11 @@ def main() -> None:
     for library in ("numpy", "torch._dynamo", "safetensors.torch", "tokenizers", "jsonschema", "tqdm"):
         import_module(library)
     gc.freeze()  # no fork searches the libraries for garbage
-    breaks, killed = read(ROOT / "tests" / "mutations.txt"), 0
+    breaks = read(ROOT / "tests" / "mutations.txt")
+    killed = 0
     with tempfile.TemporaryDirectory() as folder:
-        copy, log = Path(folder) / "copy", Path(folder) / "log"
+        copy = Path(folder) / "copy"
+        log = Path(folder) / "log"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "run", "__pycache__"))
         if not passes(copy, log, *sorted({b["test"] for b in breaks})):
             sys.exit(f"A test is red before anything is broken:\n{log.read_text(errors='replace')[-1500:]}")
