@@ -17,11 +17,11 @@ import data.tools
 from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.read import Item, read_questions, write_predictions, write_questions
-from data.score import exact_match, f1, holds, interval, normalize
+from data.score import by_set, exact_match, f1, holds, interval, means, normalize
 from data.training import read_all, read_done, world_seed
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
 from data.world import tools_for as teachers_tools
-from grpo import GRPOConfig, Simulator, by_set, means, measure, score_heldout
+from grpo import GRPOConfig, Simulator, measure, score_heldout
 from model import ModelConfig, Transformer, load
 from run import option, pick_device, set_up, validate
 
@@ -56,8 +56,9 @@ def all_rows(out: Path, config: GRPOConfig, few: bool
     for name, model, backend in tqdm(plan, desc="rows", unit="row"):
         with nullcontext() if backend is real else world.sealed():
             agent = simulator.agent(models[model], len(held_out), 0.0)
-            row, traces[name] = score_heldout(simulator, agent, held_out, backend,
-                                              closed_book=name == "closed_book")
+            row, answered = score_heldout(simulator, agent, held_out, backend,
+                                          closed_book=name == "closed_book")
+            traces[name] = answered["sampled"]
         rows.append({"row": name, **row})
     results = {"seed": config.seed, "actor_recall": actor_recall(simulator, world),
                "actor_fidelity": actor_fidelity(traces["grpo"], world),

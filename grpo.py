@@ -28,6 +28,7 @@ depart from the papers:
 Shapes: B traces, T tokens.
 """
 import json
+import math
 import random
 import re
 import time
@@ -45,7 +46,7 @@ from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_used, with_answer
 from data.prompts import LONG
-from data.score import exact_match, f1, normalize
+from data.score import by_set, exact_match, f1, means, normalize
 from data.training import choose_questions, world_seed
 from data.words import content, names, tokens
 from data.world import Question, make_world
@@ -97,7 +98,7 @@ class GRPOConfig:
     turn_tokens: int = option(112, "new tokens per turn")
     trace_tokens: int = option(896, "tokens per trace, with prompt and observations")
     micro_tokens: int = option(4096, "tokens per micro-batch of the trainer, with padding")
-    eval_every: int = option(13, "steps between two evaluations on held-out questions")
+    eval_every: int = option(4, "steps between two evaluations on held-out questions")
     save_every: int = option(5, "steps between two checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
@@ -356,34 +357,27 @@ class Simulator:
 
 
 def score_heldout(simulator: Simulator, agent: AutoAgent, questions: list[Question], backend=None,
-                  closed_book: bool = False) -> tuple[dict, list[Trace]]:
-    """Answer held-out questions -> a row of results, and the sampled traces.
+                  closed_book: bool = False) -> tuple[dict, dict[str, list[Trace]]]:
+    """Answer held-out questions -> a row of results, and the greedy and the sampled traces.
 
     em_greedy is at temperature 0. All other columns are at temperature 1.
     """
     row = {"n": len(questions)}
+    traces = {}
     rows = agent.sampler.capacity
     before = agent.temperature
-    for name, temperature in (("em_greedy", 0.0), ("em_sampled", 1.0)):
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         agent.temperature = temperature
-        traces = simulator.traces(questions, 1, "eval")
-        for i in range(0, len(traces), rows):
-            run_episodes(agent, backend or simulator.actor.answer, traces[i:i + rows],
+        traces[name] = simulator.traces(questions, 1, "eval")
+        for i in range(0, len(questions), rows):
+            run_episodes(agent, backend or simulator.actor.answer, traces[name][i:i + rows],
                          closed_book=closed_book)
-        measures = [measure(t, q.golds) for t, q in zip(traces, questions, strict=True)]
-        row[name] = float(np.mean([m["em"] for m in measures]))
+        measures = [measure(t, q.golds) for t, q in zip(traces[name], questions, strict=True)]
+        row[f"em_{name}"] = float(np.mean([m["em"] for m in measures]))
     agent.temperature = before
-    # The second pass, the sampled one, has left its measures and traces.
+    # The second pass, the sampled one, has left its measures.
     row["by_set"] = by_set([m["em"] for m in measures], questions)
     return row | means(measures), traces
-
-
-def by_set(scores: list[float], questions: list[Question]) -> dict[str, float]:
-    """The mean score of each question set."""
-    scores_of = defaultdict(list)
-    for score, q in zip(scores, questions, strict=True):
-        scores_of[q.set].append(score)
-    return {name: float(np.mean(values)) for name, values in scores_of.items()}
 
 
 def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str, float]:
@@ -393,19 +387,12 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
     answered = trace.status == "answered"
     answer = trace.answer if answered else ""
     valid = [call for call in trace.calls if call.error is None]
+    clean = [turn for turn in trace.turns if not (turn.error or turn.departures)]
     support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
     return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
             "grammar": reward_grammar(trace, []) if answered else 0.0, "support": support,
-            "calls": len(trace.calls), "valid_calls": len(valid), "length": sum(trace.mask)}
-
-
-def means(measures: list[dict]) -> dict[str, float | None]:
-    """The means of the scores. valid_calls is the share of all calls, None without a call."""
-    names = ("f1", "grammar", "support", "calls", "length")
-    row = {name: float(np.mean([m[name] for m in measures])) for name in names}
-    calls = sum(m["calls"] for m in measures)
-    row["valid_calls"] = sum(m["valid_calls"] for m in measures) / calls if calls else None
-    return row
+            "calls": len(trace.calls), "valid_calls": len(valid), "length": sum(trace.mask),
+            "turns": len(trace.turns), "clean_turns": len(clean)}
 
 
 # ------------------------------------------------------------------------------------------ update
@@ -521,6 +508,9 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
                initial=run.state["step"])
     for step in bar:
+        row = {"step": step, "lr": config.lr * (1 - step / config.steps)}
+        if step % config.eval_every == 0:
+            row |= evaluate_heldout(simulator, agent, held_out, run, step)
         # Roll out, reward, advantage.
         start = time.perf_counter()
         asked = actor.asked
@@ -532,27 +522,30 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         set_advantages(traces, rewards, config)
         # Update.
         middle = time.perf_counter()
-        lr = config.lr * (1 - step / config.steps)
-        log = update(model, simulator.model, optimizer, traces, config, lr)
+        log = update(model, simulator.model, optimizer, traces, config, row["lr"])
         end = time.perf_counter()
 
-        # Log, evaluate.
-        row = {"step": step, "lr": lr, **summary(traces, rewards, config), **log}
+        # Log.
+        row |= summary(traces, rewards, config) | log
         row["memo_hits"] = (actor.remembered - remembered) / max(1, actor.asked - asked)
         row["time_sample"] = middle - start
         row["time_train"] = end - middle
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            result, answered = score_heldout(simulator, agent, held_out)
-            row["heldout_greedy"] = result["em_greedy"]
-            row["heldout_sampled"] = result["em_sampled"]
-            run.save_traces(step, answered)
-        run.log({name: row.get(name, "") for name in GRPO_COLUMNS})
+        run.log(row)
         if not log["updates"]:
             bar.write(f"step {step}: no trace has a gradient: all are in flat groups, or truncated")
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
+    run.log({"step": config.steps, **evaluate_heldout(simulator, agent, held_out, run, config.steps)})
+
+
+def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Question], run: Run,
+                     step: int) -> dict[str, float]:
+    """Held-out EM after `step` updates. Twelve sampled traces go to traces.jsonl."""
+    row, traces = score_heldout(simulator, agent, held_out)
+    run.save_traces(step, traces["sampled"][::math.ceil(len(held_out) / 12)])
+    return {"heldout_greedy": row["em_greedy"], "heldout_sampled": row["em_sampled"]}
 
 
 def train_grpo(config: GRPOConfig) -> None:

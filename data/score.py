@@ -1,7 +1,7 @@
-"""Exact match and token F1 by the official rules, and a confidence interval."""
+"""Exact match and token F1 by the official rules, a confidence interval, means of scores."""
 import re
 import string
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -59,8 +59,8 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     scores = np.asarray(values, dtype=float)
     n = len(scores)
-    means = [scores[rng.integers(n, size=n)].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    resampled = [scores[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -68,3 +68,22 @@ def holds(text: object, part: object) -> bool:
     """Whether `part` occurs in `text` as whole words, both after the scorer's normaliser."""
     want = normalize(str(part))
     return bool(want) and f" {want} " in f" {normalize(str(text))} "
+
+
+def by_set(scores: list[float], questions: list) -> dict[str, float]:
+    """The mean score of each question set."""
+    scores_of = defaultdict(list)
+    for score, q in zip(scores, questions, strict=True):
+        scores_of[q.set].append(score)
+    return {name: float(np.mean(values)) for name, values in scores_of.items()}
+
+
+def means(measures: list[dict]) -> dict[str, float | None]:
+    """The means of the scores. valid_calls and clean_turns are shares of all calls and turns, None
+    without any."""
+    names = ("f1", "grammar", "support", "calls", "length")
+    row = {name: float(np.mean([m[name] for m in measures])) for name in names}
+    for part, whole in (("valid_calls", "calls"), ("clean_turns", "turns")):
+        total = sum(m[whole] for m in measures)
+        row[part] = sum(m[part] for m in measures) / total if total else None
+    return row

@@ -1080,8 +1080,9 @@ def test_held_out_questions_are_answered_greedily_and_sampled(monkeypatch):
     assert seen == [(t, n, "the ToolActor", False) for t in (0.0, 1.0) for n in (2, 1)] and agent.temperature == 0.6
     assert row == {"n": 3, "em_greedy": pytest.approx(1 / 3), "em_sampled": pytest.approx(2 / 3),
                    "by_set": {"hotpot": 0.5, "musique": 1.0}, "f1": pytest.approx(2 / 3), "grammar": 1.0,
-                   "support": 0.0, "calls": 0.0, "length": 0.0, "valid_calls": None}
-    assert [(t.key, t.answer) for t in traces] == [(("eval", i), "Al") for i in range(3)]
+                   "support": 0.0, "calls": 0.0, "length": 0.0, "valid_calls": None, "clean_turns": 1.0}
+    for name, answer in (("greedy", "Bo"), ("sampled", "Al")):
+        assert [(t.key, t.answer) for t in traces[name]] == [(("eval", i), answer) for i in range(3)]
     seen.clear()
     grpo.score_heldout(simulator, agent, questions, "another backend", closed_book=True)
     assert {entry[2:] for entry in seen} == {("another backend", True)}
@@ -1150,7 +1151,7 @@ def test_the_loop_by_hand(monkeypatch):
     monkeypatch.setattr(grpo, "update", update)
     monkeypatch.setattr(grpo, "make_optimizer", lambda model, lr, weight_decay: None)
     monkeypatch.setattr(grpo, "score_heldout", lambda simulator, agent, questions: (
-        {"em_greedy": 0.5, "em_sampled": 0.75}, questions))
+        {"em_greedy": 0.5, "em_sampled": 0.75}, {"sampled": questions}))
     cfg = config(loss="dr_grpo", steps=4, questions=2, group=2, lr=0.8, eval_every=3)
     actor = SimpleNamespace(asked=0, remembered=0, answer="the ToolActor", memo={"call": {"a": 1}})
     simulator = SimpleNamespace(
@@ -1159,19 +1160,23 @@ def test_the_loop_by_hand(monkeypatch):
         traces=lambda asked, group, step: [Trace(q.text, key=(i,)) for q in asked for i in range(group)])
     plan = [[SimpleNamespace(text=f"{step} {name}", golds=["1"]) for name in "ab"] for step in range(4)]
     rows, saved, seen, states = [], [], [], []
-    grpo.loop(simulator, "policy", plan, ["held out"], SimpleNamespace(
+    held_out = [f"question {i}" for i in range(25)]
+    grpo.loop(simulator, "policy", plan, held_out, SimpleNamespace(
         steps=more_of_the_state, state={"step": 1}, log=rows.append, save_traces=lambda *args: saved.append(args)))
     scaled = 0.35 / (0.35 + 1e-4)  # the two rewards of a group differ by w_answer, 0.7
     for step, (questions, advantage, lr) in zip((1, 2, 3), seen, strict=True):
         assert questions == [f"{step} a"] * 2 + [f"{step} b"] * 2
         assert advantage == pytest.approx([-scaled, scaled] * 2, rel=1e-6)
         assert lr == pytest.approx(0.8 * (1 - step / 4))
-    assert [list(row) for row in rows] == [grpo.GRPO_COLUMNS] * 3
+    # Held-out EM stands in the row of the step before whose rollout it was measured, and in a last row of its own.
+    assert rows.pop() == {"step": 4, "heldout_greedy": 0.5, "heldout_sampled": 0.75}
+    assert all(set(row) <= set(grpo.GRPO_COLUMNS) for row in rows)
     assert [row["step"] for row in rows] == [1, 2, 3] and [row["lr"] for row in rows] == [lr for _, _, lr in seen]
-    assert all((row["em"], row["loss"], row["memo_hits"], row["kl"]) == (0.5, 0.25, 0.75, "") for row in rows)
-    assert [row["heldout_greedy"] for row in rows] == ["", 0.5, 0.5]  # after three steps, and after the last
-    assert [row["heldout_sampled"] for row in rows] == ["", 0.75, 0.75]
-    assert saved == [(2, ["held out"]), (3, ["held out"])] and states == [{"memo": [("call", {"a": 1})]}]
+    assert all((row["em"], row["loss"], row["memo_hits"]) == (0.5, 0.25, 0.75) for row in rows)
+    assert [row.get("heldout_greedy") for row in rows] == [None, None, 0.5]
+    assert [row.get("heldout_sampled") for row in rows] == [None, None, 0.75]
+    shown = [f"question {i}" for i in range(0, 25, 3)]  # at most twelve of the held-out questions
+    assert saved == [(3, shown), (4, shown)] and states == [{"memo": [("call", {"a": 1})]}]
 
 
 def test_the_world_is_sealed_during_stage_2(folder, monkeypatch, single_precision):

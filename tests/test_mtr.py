@@ -66,7 +66,7 @@ def test_results_hold_every_row_and_field(run):
     assert set(results["maker"]) == {"valid", "exact", "accepted", "regenerated", "fallback"}
     for row in results["rows"]:
         assert set(row) == {"row", "n", "em_greedy", "em_sampled", "f1", "grammar", "valid_calls",
-                            "support", "calls", "length", "by_set"}
+                            "clean_turns", "support", "calls", "length", "by_set"}
         assert set(row["by_set"]) <= set(HELD_OUT)
 
 
@@ -151,7 +151,8 @@ def test_gold_answers_reach_no_prompt_and_change_no_trace(run):
             traces = simulator.traces(asked, config.group, 0)
             agents.run_episodes(simulator.agent(model, 8, 1.0), simulator.actor.answer, traces,
                                 config.group)
-            _, heldout = grpo.score_heldout(simulator, simulator.agent(model, 3, 0.0), asked)
+            _, answered = grpo.score_heldout(simulator, simulator.agent(model, 3, 0.0), asked)
+            heldout = answered["sampled"]
             assert len(traces) == 8 and len(heldout) == 4
             return [trace.ids for trace in [*traces, *heldout]]
 
