@@ -537,7 +537,8 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
             bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
-    run.log({"step": config.steps, **evaluate_heldout(simulator, agent, held_out, run, config.steps)})
+    last = evaluate_heldout(simulator, agent, held_out, run, config.steps)
+    run.log({"step": config.steps, **last})
 
 
 def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Question], run: Run,
