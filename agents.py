@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, compress
 
 import numpy as np
 
@@ -258,11 +258,14 @@ class Trace:
         return self.turns[-1].answer if self.turns else None
 
     def record(self) -> dict:
-        """The trace as a JSON object, for traces.jsonl."""
+        """The trace as a JSON object, for traces.jsonl. `logprobs` and `old`: only of mask 1."""
         turns = [{**vars(t), "calls": [vars(call) for call in t.calls]} for t in self.turns]
+        logprobs = [round(value, 5) for value in compress(self.logprobs, self.mask)]
+        old = [round(value, 5) for value in compress(self.old, self.mask)]
         return {"question": self.question, "status": self.status, "turns": turns,
                 "key": list(self.key), "tools": [tool.schema for tool in self.tools],
-                "ids": self.ids, "mask": self.mask}
+                "ids": self.ids, "mask": self.mask, "advantage": self.advantage,
+                "weight": self.weight, "logprobs": logprobs, "old": old}
 
     def story(self) -> str:
         """The trace for people: one line per thought, call, observation and answer."""

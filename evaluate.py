@@ -12,25 +12,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import agents
 import data.tools
 from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
+from data.options import Config, option
 from data.read import Item, read_questions, write_predictions, write_questions
-from data.score import by_set, exact_match, f1, holds, interval, means, normalize
-from data.training import read_all, read_done, world_seed
+from data.score import interval, majority, means
+from data.training import SETTINGS, read_all, read_done, to_records, why_not, world_seed
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
 from data.world import tools_for as teachers_tools
 from grpo import GRPOConfig, Simulator, measure, score_heldout
 from model import ModelConfig, Transformer, load
-from run import option, pick_device, set_up, validate
+from run import pick_device, set_up
 
 # ------------------------------------------------------------------------ the rows of a run's table
 
 
-def all_rows(out: Path, config: GRPOConfig, few: bool
-             ) -> tuple[dict, list[Question], dict[str, list[Trace]]]:
-    """results.json of a run, its held-out questions (all or a few), and their traces by row."""
+def all_rows(out: Path, config: GRPOConfig, few: bool = False, controls: bool = False
+             ) -> tuple[dict, list[Question], dict[str, dict[str, list[Trace]]]]:
+    """results.json of a run, its held-out questions (all or a few), and by row their traces, greedy
+    and sampled. controls: also the rows that rule out other explanations of the result.
+    """
     world = make_world(config.seed)
     questions = make_questions(world)
     held_out = [q for q in questions if q.set in HELD_OUT]
@@ -38,44 +40,35 @@ def all_rows(out: Path, config: GRPOConfig, few: bool
         held_out = held_out[::24]
     simulator = Simulator(out / "sft" / "model", config)
     simulator.make_tools(held_out)
-    device = pick_device()
-    names = ("sft", "sft_continued", "grpo")
-    models = {name: load(out / name / "model", device)[0] for name in names}
-    untrained = Transformer(simulator.model.config).init_weights(config.seed)
-    models["untrained"] = untrained.to(device)
     simulated = simulator.actor.answer
     real = data.tools.real(world.real)
-    plan = [("closed_book", "sft", simulated), ("untrained", "untrained", simulated),
-            ("sft", "sft", simulated), ("sft_continued", "sft_continued", simulated),
-            ("sft_blanked", "sft", data.tools.blanked),
-            ("sft_shuffled", "sft", data.tools.shuffled(simulated)),
-            ("grpo", "grpo", simulated), ("grpo_blanked", "grpo", data.tools.blanked),
-            ("grpo_shuffled", "grpo", data.tools.shuffled(simulated)), ("grpo_real", "grpo", real)]
-    rows = [majority(questions, held_out)]
+    plan = [("untrained", "untrained", simulated), ("sft", "sft", simulated),
+            ("grpo", "grpo", simulated), ("grpo_real", "grpo", real),
+            ("grpo_blanked", "grpo", data.tools.blanked)]
+    if controls:
+        plan += [("closed_book", "sft", simulated), ("sft_continued", "sft_continued", simulated),
+                 ("sft_blanked", "sft", data.tools.blanked),
+                 ("sft_shuffled", "sft", data.tools.shuffled(simulated)),
+                 ("grpo_shuffled", "grpo", data.tools.shuffled(simulated))]
+    device = pick_device()
+    untrained = Transformer(simulator.model.config).init_weights(config.seed)
+    models = {"untrained": untrained.to(device)}
+    rows = []
     traces = {}
-    for name, model, backend in tqdm(plan, desc="rows", unit="row"):
+    for name, stage, backend in tqdm(plan, desc="rows", unit="row"):
+        if stage not in models:
+            models[stage], _ = load(out / stage / "model", device)
         with nullcontext() if backend is real else world.sealed():
-            agent = simulator.agent(models[model], len(held_out), 0.0)
-            row, answered = score_heldout(simulator, agent, held_out, backend,
-                                          closed_book=name == "closed_book")
-            traces[name] = answered["sampled"]
+            agent = simulator.agent(models[stage], len(held_out), 0.0)
+            row, traces[name] = score_heldout(simulator, agent, held_out, backend,
+                                              closed_book=name == "closed_book")
         rows.append({"row": name, **row})
+    if controls:
+        rows.insert(5, majority(questions, held_out))  # before the other controls
     results = {"seed": config.seed, "actor_recall": actor_recall(simulator, world),
-               "actor_fidelity": actor_fidelity(traces["grpo"], world),
+               "actor_fidelity": actor_fidelity(traces["grpo"]["sampled"], world),
                "maker": maker_shares(simulator, held_out), "rows": rows}
     return results, held_out, traces
-
-
-def majority(questions: list[Question], held_out: list[Question]) -> dict:
-    """The row of a program that always gives the most common training answer."""
-    answers = Counter(q.golds[0] for q in questions if q.set not in HELD_OUT)
-    answer = answers.most_common(1)[0][0]
-    scores = [exact_match(answer, q.golds) for q in held_out]
-    em = float(np.mean(scores))
-    return {"row": "majority", "n": len(held_out), "em_greedy": em, "em_sampled": em,
-            "f1": float(np.mean([f1(answer, q.golds) for q in held_out])), "grammar": None,
-            "valid_calls": None, "support": None, "calls": 0.0, "length": None,
-            "by_set": by_set(scores, held_out)}
 
 
 def actor_recall(simulator: Simulator, world: World) -> float:
@@ -117,20 +110,21 @@ LIMITS = {"max_turns": 8, "turn_tokens": 1024, "trace_tokens": 4096}  # with --m
 
 
 @dataclass
-class AgentConfig:
+class AgentConfig(Config):
     """The options that ask, eval and traces share."""
     out: str = option("run", "run folder: its trained agent, its frozen ToolMaker and ToolActor")
     model: str = option("", "checkpoint folder that serves as all three agents instead")
     temperature: float = option(0.0, "temperature of AutoAgent; 0: greedy", least=0)
-    seed: int = option(0, "seed of all sampling", least=0)
-    threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     max_turns: int | None = option(None, "turns per trace", unset="the run's, or 8")
     turn_tokens: int | None = option(None, "new tokens per turn", unset="the run's, or 1024")
     trace_tokens: int | None = option(None, "tokens per trace, prompt and observations included",
                                       unset="the run's, or 4096")
+    samples: int = option(1, "traces per question")
 
     def __post_init__(self):
-        validate(self)
+        super().__post_init__()
+        if self.temperature == 0 and self.samples > 1:
+            raise InputError("samples: greedy answers are all equal; set --temperature above 0")
 
 
 @dataclass
@@ -145,13 +139,10 @@ class EvalConfig(AgentConfig):
                              "docs/real_tools.py)")
     grounded: bool = option(False, "show the ToolActor the paragraphs of the question")
     tools: bool = option(True, "--no-tools is the baseline: a direct answer")
-    samples: int = option(1, "traces per question")
     rows: int = option(64, "traces at once; lower it if memory runs out")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.temperature == 0 and self.samples > 1:
-            raise InputError("samples: greedy answers are all equal; set --temperature above 0")
         for name in ("model", "grounded"):
             if getattr(self, name) and not self.data:
                 raise InputError(f"{name}: it needs question files, --data FILE")
@@ -180,14 +171,16 @@ def load_tools(path: str) -> list[Tool]:
     return [Tool(**function) for function in data.tools.read_tools(path)]
 
 
-def open_models(config: AgentConfig, rows: int, long_prompts: bool = False
+def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stage: str = "grpo"
                 ) -> tuple[Simulator, Transformer, World | None]:
-    """Simulator, policy and world of a run. With --model, one checkpoint is simulator and policy,
-    and there is no world.
+    """Simulator, policy (the model of a stage) and world of a run. With --model, one checkpoint is
+    simulator and policy, and there is no world.
     """
-    set_up(config)
-    dtype = torch.bfloat16 if pick_device() == "cuda" else torch.float32
     if config.model:
+        if stage != "grpo":  # the default
+            raise InputError("stage: a checkpoint of --model has no stages")
+        set_up(config, checkpoint=True)
+        dtype = weights_type(config)
         folder = Path(config.model)
         most = ModelConfig.read(folder).max_position_embeddings
         limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], most)}
@@ -198,19 +191,26 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False
         simulator = Simulator(folder, replace(config, **limits), True, rows, dtype)
         return simulator, simulator.model, None
     out = Path(config.out)
-    for stage in ("sft", "grpo"):
-        if not (out / stage / "model" / "config.json").exists():
-            raise InputError(f"--out: no finished run in {out} ({stage}/model is missing); "
+    for part in ("sft", "grpo"):
+        if not (out / part / "model" / "config.json").exists():
+            raise InputError(f"--out: no finished run in {out} ({part}/model is missing); "
                              "python mtr.py makes one")
     trained = read_json(out / "grpo" / "config.json")
     limits = {name: getattr(config, name) or trained.get(name, LIMITS[name]) for name in LIMITS}
     from_files = bool(trained.get("data"))
-    dtype = dtype if from_files else torch.float32  # the miniature is float32 everywhere
+    set_up(config, checkpoint=from_files)
+    dtype = weights_type(config) if from_files else torch.float32
     long_prompts = long_prompts or from_files
     simulator = Simulator(out / "sft" / "model", replace(config, **limits), long_prompts, rows,
                           dtype)
-    policy, _ = load(out / "grpo" / "model", pick_device(), dtype)
+    policy, _ = load(out / stage / "model", pick_device(), dtype)
     return simulator, policy, make_world(world_seed(config.out))
+
+
+def weights_type(config: AgentConfig) -> torch.dtype:
+    """bfloat16 for a checkpoint on a GPU. All other weights are float32."""
+    half = pick_device() == "cuda" and config.precision != "float32"
+    return torch.bfloat16 if half else torch.float32
 
 
 # -------------------------------------------------------------------------------- question files
@@ -351,62 +351,9 @@ def make_traces(config: TracesConfig) -> Counter:
         for item, sample, box, trace in players.answer(asked):
             reason = why_not(trace, item)
             why[reason] += 1
-            records = [] if reason else to_records(trace, box)
+            records = [] if reason else to_records(trace, box, ToolActor.NO_RESULT)
             line = {"id": item.id, "sample": sample, "why": reason, "conversations": records,
                     "story": trace.story()}
             file.write(json.dumps(line) + "\n")
             file.flush()
     return why
-
-
-SETTINGS = ("seed", "temperature", "max_turns", "turn_tokens", "trace_tokens", "backend",
-            "real_tools", "grounded")
-
-
-def why_not(trace: Trace, item: Item) -> str:
-    """Why stage 0 does not keep a trace; "" if it does."""
-    if not trace.turns:
-        return "the question is too long"
-    if trace.status != "answered":
-        return f"{trace.status}: {trace.turns[-1].error or 'too many turns or tokens'}"
-    for call in trace.calls:
-        if call.error:
-            return f"refused call: {call.error}"[:40]
-    if not normalize(trace.answer) or not exact_match(trace.answer, item.golds):
-        return "wrong answer"
-    for gold in item.golds:
-        if holds(trace.turns[0].thought, gold) and not holds(item.text, gold):
-            return "answer in the first thought"
-    # Each turn is taught in the strict form, in which a thought comes first.
-    if not all(turn.thought for turn in trace.turns):
-        return "a turn without a thought"
-    return ""
-
-
-def to_records(trace: Trace, box: Toolbox) -> list[dict]:
-    """A kept trace -> the conversations of all three roles in it, as sft.py reads them."""
-    def parts(tool: Tool) -> dict:
-        names = ("name", "description", "parameters", "returns", "source")
-        return {name: getattr(tool, name) for name in names if getattr(tool, name)}
-
-    tools = {tool.name: tool for tool in trace.tools if tool.name not in agents.UTILITIES}
-    turns = []
-    for turn in trace.turns:
-        if turn.answer is not None:
-            turns.append({"thought": turn.thought, "answer": turn.answer})
-        else:
-            calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls]
-            turns.append({"thought": turn.thought, "calls": calls,
-                          "observations": [call.observation for call in turn.calls]})
-    records = [{"role": "agent", "question": trace.question, "kind": box.kind,
-                "tools": [parts(tool) for tool in tools.values()], "turns": turns}]
-    if box.tries:  # the ToolMaker did not write the fallback
-        records.append({"role": "maker", "question": trace.question, "thought": box.thought,
-                        "kind": box.kind, "tools": [parts(tool) for tool in box.made],
-                        "rejected": box.rejected})
-    for call in trace.calls:
-        tool = tools.get(call.name)
-        if tool and not tool.run and call.observation != ToolActor.NO_RESULT:
-            exchange = [call.arguments, call.observation]
-            records.append({"role": "actor", "tool": parts(tool), "exchanges": [exchange]})
-    return records

@@ -12,7 +12,8 @@ that score above their group's mean become more likely, the others less likely.
 
     token weight, for N traces with |o_i| sampled tokens each:
       grpo       w_i = 1 / (N |o_i|)      DeepSeekMath (Shao et al. 2024, eq. 3)
-      dapo       w_i = 1 / sum_j |o_j|    DAPO (Yu et al. 2025); without its resampling of groups
+      dapo       w_i = 1 / sum_j |o_j|    DAPO (Yu et al. 2025); without resampling of groups, and
+                                          a truncated trace counts, so runaway traces are unlearned
       dr_grpo    w_i = 1 / (N L_max)      Dr. GRPO (Liu et al. 2025); A_i without the division
       gspo       w_i as grpo              GSPO (Zheng et al. 2025); one ratio per trace
 
@@ -36,6 +37,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -45,13 +47,15 @@ from tqdm import tqdm
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_used, with_answer
+from data.folders import stage1_model
+from data.options import Config, command_line, option
 from data.prompts import LONG
 from data.score import by_set, exact_match, f1, means, normalize
 from data.training import choose_questions, world_seed
 from data.words import content, names, tokens
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
-from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
+from run import Run, half_precision, pick_device, run_main, set_up
 from sft import make_optimizer, micro_batches, optimizer_step, pad
 
 
@@ -66,27 +70,27 @@ class Loss:
 
 
 LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2, mask_overlong=False),
-          "dapo": Loss(scale_std=True, clip_low=0.2, clip_high=0.28, mask_overlong=True),
+          "dapo": Loss(scale_std=True, clip_low=0.2, clip_high=0.28, mask_overlong=False),
           "dr_grpo": Loss(scale_std=False, clip_low=0.2, clip_high=0.2, mask_overlong=False),
           "gspo": Loss(scale_std=True, clip_low=3e-4, clip_high=4e-4, mask_overlong=False)}
 
 
 @dataclass
-class GRPOConfig:
+class GRPOConfig(Config):
     """The options of stage 2."""
     out: str = option("run", "run folder; this stage starts from OUT/sft and writes OUT/grpo")
-    seed: int = option(0, "seed of the choice of questions and of all sampling", least=0)
-    threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
+    sft: str = option("", "the sft folder of another run; it is copied to OUT/sft first",
+                      unset="OUT/sft is there")
     data: tuple = option((), "question files to train on; every twentieth question is held out",
                          unset="the fictional world's")
     skip_bad: bool = option(False, "skip broken records of these files")
-    steps: int = option(20, "steps; each samples a rollout (questions x group traces) and trains "
+    steps: int = option(48, "steps; each samples a rollout (questions x group traces) and trains "
                         "on it")
     questions: int = option(12, "questions per rollout")
     group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "how often each rollout is trained on")
     minibatches: int = option(1, "optimizer steps per epoch")
-    lr: float = option(5e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
+    lr: float = option(4e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
     clip_norm: float = option(1.0, "maximum norm of the gradient")
     loss: str = option("dapo", "whose loss, see above", choices=tuple(LOSSES))
     beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
@@ -103,7 +107,7 @@ class GRPOConfig:
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
     def __post_init__(self):
-        validate(self)
+        super().__post_init__()
         # Every right answer must outrank every wrong one. With c the consistency of the right one,
         # this is w_answer + w_consistency c > w_answer partial + w_consistency. c is above 0, since
         # reward_grammar is, but it can be small.
@@ -480,20 +484,18 @@ GRPO_COLUMNS = ["step", "reward", "em", "answer", "consistency", *PARTS, "finish
                 "flat_groups", "calls", "length", "entropy", "kl", "clip_low", "clip_high",
                 "gap_mean", "gap_max", "grad_norm", "updates", "lr", "memo_hits", "heldout_greedy",
                 "heldout_sampled", "time_sample", "time_train", "loss"]
+KEPT = 3  # groups of each step whose traces go to traces.jsonl
 
 
 def summary(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> dict[str, float]:
     """Means over the traces of a rollout."""
-    def mean(values: list) -> float:
-        return sum(values) / len(values)
-
-    row = {name: mean([r[name] for r in rewards]) for name in rewards[0]}
+    row = {name: fmean([r[name] for r in rewards]) for name in rewards[0]}
     groups = [traces[i:i + config.group] for i in range(0, len(traces), config.group)]
-    return row | {"finished": mean([t.status == "answered" for t in traces]),
-                  "truncated": mean([t.status == "truncated" for t in traces]),
-                  "flat_groups": mean([not any(t.advantage for t in group) for group in groups]),
-                  "calls": mean([len(t.calls) for t in traces]),
-                  "length": mean([sum(t.mask) for t in traces])}
+    return row | {"finished": fmean([t.status == "answered" for t in traces]),
+                  "truncated": fmean([t.status == "truncated" for t in traces]),
+                  "flat_groups": fmean([not any(t.advantage for t in group) for group in groups]),
+                  "calls": fmean([len(t.calls) for t in traces]),
+                  "length": fmean([sum(t.mask) for t in traces])}
 
 
 def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
@@ -502,7 +504,8 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     config = simulator.config
     actor = simulator.actor
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
-    optimizer = make_optimizer(model, config.lr, weight_decay=0.0)
+    # With 0.9, updates overshoot: they still push against stops that no longer happen.
+    optimizer = make_optimizer(model, config.lr, weight_decay=0.0, momentum=0.5)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
@@ -531,10 +534,12 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         row["time_sample"] = middle - start
         row["time_train"] = end - middle
         run.log(row)
+        shown = KEPT * config.group
+        run.save_traces(step, traces[:shown], golds[:shown], rewards[:shown])
         if not log["updates"]:
             bar.write(f"step {step}: no trace has a gradient: all are in flat groups, or truncated")
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
-            bar.write(f"step {step}: the log-probabilities of sampler and trainer differ by "
+            bar.write(f"step {step}: log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
         bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
     last = evaluate_heldout(simulator, agent, held_out, run, config.steps)
@@ -545,16 +550,18 @@ def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Ques
                      step: int) -> dict[str, float]:
     """Held-out EM after `step` updates. Twelve sampled traces go to traces.jsonl."""
     row, traces = score_heldout(simulator, agent, held_out)
-    run.save_traces(step, traces["sampled"][::math.ceil(len(held_out) / 12)])
+    every = math.ceil(len(held_out) / 12)
+    shown = traces["sampled"][::every]
+    golds = [q.golds for q in held_out[::every]]
+    rewards = [reward(t, g, simulator.config) for t, g in zip(shown, golds, strict=True)]
+    run.save_traces(step, shown, golds, rewards)
     return {"heldout_greedy": row["em_greedy"], "heldout_sampled": row["em_sampled"]}
 
 
 def train_grpo(config: GRPOConfig) -> None:
     """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
-    set_up(config)
-    start = Path(config.out) / "sft" / "model"
-    if not (start / "config.json").exists():
-        raise InputError(f"out: no trained model in {start}; run sft.py first")
+    set_up(config, checkpoint=bool(config.data))
+    start = stage1_model(config.out, config.sft, config.resume)
     world = make_world(world_seed(config.out))
     plan, held_out = choose_questions(config, world)
     simulator = Simulator(start, config, long_prompts=bool(config.data))
@@ -574,8 +581,9 @@ def main() -> None:
     config = command_line(GRPOConfig, __doc__)
     train_grpo(config)
     data = " --data FILE" if config.data else ""
-    print(f"stage 2 is done: {Path(config.out) / 'grpo'}; evaluate it with: "
-          f"python mtr.py eval --out {config.out}{data}")
+    print(f"stage 2 is done: {Path(config.out) / 'grpo'}\n"
+          f"curves and traces (report.html): python mtr.py show --out {config.out}\n"
+          f"evaluation: python mtr.py eval --out {config.out}{data}")
 
 
 if __name__ == "__main__":

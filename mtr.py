@@ -8,7 +8,8 @@ is that of "Adaptive Tool Generation with Models as Tools and Reinforcement Lear
   python mtr.py ask --model FOLDER "question"    a Qwen2.5 checkpoint answers, as all three agents
   python mtr.py eval            evaluate a run or a checkpoint, on held-out or benchmark questions
   python mtr.py traces          optional stage 0: a larger checkpoint writes traces for SFT
-  python mtr.py show            the table of a finished run, and a question before and after GRPO
+  python mtr.py show            the tables of a finished run; --step N, --trace N: its traces
+  python mtr.py compare A B     two runs side by side: options that differ, and scores
 """
 import argparse
 import json
@@ -20,11 +21,15 @@ from pathlib import Path
 
 import evaluate
 from agents import AutoAgent, Trace, run_episodes
-from data import InputError
+from data import InputError, read_json
+from data.compare import CompareConfig, compare
+from data.options import Config, Parser, add_options, option
+from data.own import check_question, run_or_miniature, show_answers, show_end, show_tools
+from data.show import ShowConfig
 from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, load_tools, open_models
 from grpo import GRPOConfig, train_grpo
-from report import before_and_after, draw_curves, say, show_evaluation, show_run
-from run import Parser, add_options, option, run_main, validate
+from report import say, show, show_evaluation, show_kept, show_run, write_report
+from run import run_main
 from sft import SFTConfig, train_sft
 
 TOY_OPTIONS = {
@@ -36,17 +41,15 @@ TOY_OPTIONS = {
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Config):
     """The options of the whole run. The stages have more when run alone (sft.py, grpo.py)."""
-    out: str = option("run", "run folder")
-    seed: int = option(0, "seed of the world and of everything else", least=0)
-    threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     toy: bool = option(False, "run every stage in under a minute, only to check that it works; the "
                        "run folder is then toy, unless you give --out")
+    controls: bool = option(False, "six more rows, also later with --resume")
     resume: bool = option(False, "continue an interrupted run; finished stages are skipped")
 
     def __post_init__(self):
-        validate(self)
+        super().__post_init__()
         if self.toy and self.out == RunConfig.out:  # the default
             self.out = "toy"
 
@@ -55,32 +58,25 @@ class RunConfig:
 class AskConfig(AgentConfig):
     """The options of mtr.py ask. AgentConfig adds --model, --temperature, --seed and limits."""
     tools: str = option("", "your own tools in place of the ToolMaker's: JSON or Python")
+    stage: str = option("grpo", "whose model is AutoAgent", choices=("sft", "grpo"))
     question: str = option("", 'for example "Who is the mayor of the birthplace of Borox?"',
                            positional=True)
 
 
-@dataclass
-class ShowConfig:
-    """The options of mtr.py show."""
-    out: str = option("run", "run folder")
-
-
 def run_all(config: RunConfig) -> None:
-    """Run the whole method: SFT, GRPO, a control (more SFT in place of GRPO), the evaluation."""
-    shared = {"out": config.out, "seed": config.seed, "threads": config.threads,
-              "resume": config.resume}
+    """Run the whole method: SFT, GRPO, the evaluation; with --controls, more SFT and rows."""
+    shared = {f.name: getattr(config, f.name) for f in fields(Config)}
+    shared["resume"] = config.resume
     options = TOY_OPTIONS if config.toy else {"sft": {}, "grpo": {}}
     first = SFTConfig(**shared, **options["sft"])
     second = GRPOConfig(**shared, **options["grpo"])
     out = Path(config.out)
-    finished = (out / "results.json").exists()
-    if finished and not config.resume:
-        raise InputError(f"{out}: holds a finished run (see mtr.py show); remove it or choose "
-                         "another --out")
-    for stage in ("sft", "grpo", "sft_continued"):
-        if not config.resume and (out / stage / "checkpoints").exists():
-            raise InputError(f"{out / stage}: holds a run; continue it with --resume, remove it or "
-                             "choose another --out")
+    last = out / "results.json"  # it marks the run as finished, so it is written last
+    rows = read_json(last).get("rows", []) if config.resume and last.exists() else []
+    finished = len(rows) > (5 if config.controls else 0)  # 5: without the controls
+    parts = 4 if config.controls else 3
+    if not config.resume and (out / "grpo").exists():  # refused now, not after SFT
+        raise InputError(f"{out}: holds a run; continue it with --resume, or choose another --out")
     seconds = {}  # after --resume: only of what was left to do
 
     def timed(stage: str, function, *args, **more):
@@ -89,68 +85,64 @@ def run_all(config: RunConfig) -> None:
         seconds[stage] = round(time.perf_counter() - start, 1)
         return result
 
-    say(f"1/4  SFT: {first.steps} steps from random weights, on a scripted teacher's traces. This "
-        "teacher often answers a step too early, on purpose: GRPO has to unlearn that")
+    say(f"1/{parts}  SFT: {first.steps} steps from random weights, on a scripted teacher's traces. "
+        "The teacher often answers a step too early, on purpose: GRPO has to unlearn that")
     timed("sft", train_sft, first)
-    say(f"2/4  GRPO: {second.steps} rollouts of {second.questions} questions x {second.group} "
-        "traces")
+    say(f"2/{parts}  GRPO: {second.steps} rollouts of {second.questions} questions x "
+        f"{second.group} traces")
     timed("grpo", train_grpo, second)
-    say(f"3/4  the control: {first.continued_steps} more steps of SFT in place of GRPO")
-    timed("sft_continued", train_sft, first, continued=True)
+    if config.controls:
+        say(f"3/4  the control: {first.continued_steps} more steps of SFT in place of GRPO")
+        timed("sft_continued", train_sft, first, continued=True)
     if not finished:
-        say("4/4  evaluation: every model and control answers the same held-out questions, one row "
-            "of the table each")
-        results, questions, traces = timed("evaluation", all_rows, out, second, few=config.toy)
+        say(f"{parts}/{parts}  evaluation on held-out questions")
+        results, questions, traces = timed("evaluation", all_rows, out, second, config.toy,
+                                           config.controls)
         results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
-        story = before_and_after(questions, traces["sft"], traces["grpo"])
-        (out / "story.txt").write_text(story + "\n", encoding="utf-8")
-        draw_curves(out)
-        # This file marks the run as finished, so it is written last.
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_report(config.out, config.seed, questions, traces)
+        last.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     show_run(config.out)
 
 
 def ask(config: AskConfig) -> None:
     """Let the three agents answer one question, and print each part as it comes."""
     question = config.question
+    if not config.model:
+        config.out = run_or_miniature(config.out)
     if not question.strip():
         raise InputError("question: it is empty")
     tools = load_tools(config.tools) if config.tools else []
     # The simulator is ToolMaker and ToolActor. With --model there is no world.
-    simulator, policy, world = open_models(config, rows=1)
-    agent = simulator.agent(policy, 1, config.temperature)
+    simulator, policy, world = open_models(config, rows=config.samples, stage=config.stage)
+    if world and not tools:
+        check_question(config.out, world, question)
+    agent = simulator.agent(policy, config.samples, config.temperature)
     tokenizer = simulator.tokenizer
     tokens = len(tokenizer.encode(AutoAgent.prompt(tokenizer.prompts, question, tools)))
     if tokens >= agent.trace_tokens:
         raise InputError(f"question: its prompt has {tokens} tokens, but there is room for "
                          f"{agent.trace_tokens} per trace")
     if not tools:
-        box = simulator.maker.make([question])[0]
+        box = simulator.maker.make([question], (config.seed,))[0]
         tools = box.tools
-        say(f"ToolMaker: {box.kind}")
-        if box.tries == 0:
-            print("  its tools were rejected, so there is one general tool")
-        for tool in tools:
-            print(f"  {tool.definition}")
+        show_tools(box)
     say("AutoAgent and ToolActor:")
-    trace = Trace(question, tools, (config.seed, question))
+    keys = [(config.seed, question, sample) for sample in range(config.samples)]
+    traces = [Trace(question, tools, key) for key in keys]
     shown = 0
 
     def watch() -> None:
         nonlocal shown
-        lines = trace.story().splitlines()
+        lines = traces[0].story().splitlines()
         for line in lines[shown:]:
             print(line, flush=True)
         shown = len(lines)
 
     with world.sealed() if world else nullcontext():  # any look-up of a fact raises
-        run_episodes(agent, simulator.actor.answer, [trace], watch=watch)
-    last = trace.turns[-1] if trace.turns else None
-    if last is None:
-        print("  the definitions of its tools leave no tokens to answer")
-    elif not last.calls and last.answer is None:  # malformed or cut off
-        length = trace.mask[::-1].index(0)  # the last turn is the run of ones at the end
-        print(f"  the turn  {tokenizer.decode(trace.ids[-length:])!r}")
+        run_episodes(agent, simulator.actor.answer, traces, config.samples, watch=watch)
+    show_end(traces[0], tokenizer.decode)
+    if config.samples > 1:
+        show_answers(traces)
 
 
 def eval_command(config: EvalConfig) -> None:
@@ -160,21 +152,13 @@ def eval_command(config: EvalConfig) -> None:
 
 def traces_command(config: TracesConfig) -> None:
     """Stage 0: write a teacher's traces over question files, and report how many were kept."""
-    reasons = evaluate.make_traces(config)  # why traces were not kept; "" counts the kept ones
-    total = reasons.total()
-    print(f"kept {reasons.pop('', 0)} of {total} traces")
-    for reason, number in reasons.most_common():
-        print(f"  {number:>6}  {reason}")
+    show_kept(evaluate.make_traces(config))
     print(f"next: python sft.py --model STUDENT --traces {config.out} --lr 1e-5 --out RUN")
 
 
-def show(config: ShowConfig) -> None:
-    """Print the table of a finished run, and one question before and after GRPO."""
-    show_run(config.out)
-
-
 COMMANDS = {"ask": (AskConfig, ask), "eval": (EvalConfig, eval_command),
-            "traces": (TracesConfig, traces_command), "show": (ShowConfig, show)}
+            "traces": (TracesConfig, traces_command), "show": (ShowConfig, show),
+            "compare": (CompareConfig, compare)}
 
 
 def main() -> None:

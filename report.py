@@ -1,11 +1,18 @@
 """Results for people: tables, traces before and after GRPO, curves. You may skip this file."""
 import csv
+import math
+import shlex
+from collections import Counter
 from pathlib import Path
 
-from agents import Trace
-from data import InputError, read_json
+import numpy as np
+
+from data import InputError, read_json, tables
+from data.page import page_json
 from data.score import exact_match
-from data.world import HELD_OUT, Question
+from data.show import ShowConfig, show_traces
+from data.tables import print_meanings, print_scores, print_table
+from data.world import Question
 
 
 def say(line: str) -> None:
@@ -13,79 +20,146 @@ def say(line: str) -> None:
     print(f"\n{line}", flush=True)
 
 
-def print_table(rows: list[dict], columns: list[str]) -> None:
-    """Print rows of text and numbers. Each column is as wide as its longest cell."""
-    lines = [columns] + [[cell(row.get(name)) for name in columns] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        cells = [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join([line[0].ljust(widths[0]), *cells]))
-
-
-def cell(value: object) -> str:
-    """A table cell: three digits of a float, - for no value."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def show(config: ShowConfig) -> None:
+    """Print the tables of a finished run and a story; with --step or --trace, its traces."""
+    if config.step is None and config.trace is None:
+        return show_run(config.out)
+    show_traces(config)
 
 
 def show_run(folder: str) -> None:
-    """Print the table and the story of a finished run."""
+    """Write report.html. Print the tables and the story of a finished run."""
     out = Path(folder)
+    if (out / "grpo" / "config.json").exists():
+        write_page(out)
     if not (out / "results.json").exists():
+        if (out / "report.html").exists():
+            return say(f"curves and traces: {out}/report.html; no table: results.json is missing")
         raise InputError(f"--out: no finished run in {out} (results.json is missing); "
                          "python mtr.py makes one")
     results = read_json(out / "results.json")
-    columns = ["row", "em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "support", "calls"]
+    rows = []
+    for row in results["rows"]:
+        bar = "#" * round(8 * row["em_sampled"])
+        rows.append(row | row["by_set"] | {"bar": bar.ljust(8)})
+    say(f"Each row answers the same {rows[0]['n']} held-out questions.")
+    print_scores(rows, tables.SCORES)
+    print_meanings((row["row"], tables.ROWS[row["row"]]) for row in rows)
+    print_scores(rows, tables.BY_SET)
     print()
-    print_table([row | row["by_set"] for row in results["rows"]], [*columns, *HELD_OUT])
-    maker = ", ".join(f"{name} {value:.3f}" for name, value in results["maker"].items())
-    print(f"n = {results['rows'][0]['n']} held-out questions; the last columns are sampled EM by "
-          f"set\nToolActor: recall {results['actor_recall']:.3f}, fidelity "
-          f"{results['actor_fidelity']:.3f}   ToolMaker: {maker}\nseconds: {results['seconds']}")
+    shares = {f"ToolMaker {name}": value for name, value in results["maker"].items()}
+    shares |= {f"ToolActor {name}": results[f"actor_{name}"] for name in ("recall", "fidelity")}
+    for name, value in shares.items():
+        print(f"{name:<21}  {value:.3f}  {tables.SIMULATOR[name]}")
+    print("seconds: " + ", ".join(f"{name} {s}" for name, s in results["seconds"].items()))
     say((out / "story.txt").read_text(encoding="utf-8"))
-    print(f"more in {out}/: metrics.csv of each stage, grpo/traces.jsonl, curves.png, the models\n"
-          f'ask it: python mtr.py ask --out {out} "a question as above"')
+    print(f"{out}/ also holds report.html, curves.png, traces.jsonl and the models\n"
+          f'your own question: {ask_command(folder, results["seed"])} "..."')
 
 
 def show_evaluation(rows: list[dict]) -> None:
-    """Print the rows of an evaluation and who answered."""
-    print_table(rows, ["set", "rule", "n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high",
-                       "grammar", "valid_calls", "support", "calls", "length", "seconds", "bad"])
+    """Print the rows of an evaluation and who answered. Each table fits 80 columns."""
+    for names in (("n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high"),
+                  ("grammar", "clean_turns", "valid_calls", "support"),
+                  ("rule", "calls", "length", "seconds", "bad")):
+        print_table(rows, {name: name for name in ("set", *names)})
+        print()
     row = rows[0]
-    print(f"agent: {row['model']}; calls answered by: {row['backend']}; {row['samples']} traces "
-          f"per question at temperature {row['temperature']}\nem_low to em_high is a 95 % "
-          "interval. Benchmarks are scored by their own rules, common and bamboogle by SQuAD's.")
+    print(f"agent: {row['model']}; calls answered by: {row['backend']}\n"
+          f"{row['samples']} traces per question at temperature {row['temperature']}\n"
+          "em_low to em_high is a 95 % interval. Benchmarks are scored by their own rules,\n"
+          "common and bamboogle by SQuAD's.")
 
 
-def before_and_after(questions: list[Question], before: list[Trace], after: list[Trace]) -> str:
-    """The sampled traces of the first question that only GRPO's model answers correctly."""
+def show_kept(reasons: Counter) -> None:
+    """Print how many traces stage 0 kept, and why not the others (see evaluate.make_traces)."""
+    total = reasons.total()
+    print(f"kept {reasons.pop('', 0)} of {total} traces")
+    for reason, number in reasons.most_common():
+        print(f"  {number:>6}  {reason}")
+
+
+# ------------------------------------------------------------------------------- story and curves
+
+
+def write_report(out: str, seed: int, questions: list[Question], traces: dict) -> None:
+    """Write story.txt and curves.png of a run. traces: see evaluate.all_rows."""
+    story = before_and_after(questions, traces, ask_command(out, seed))
+    (Path(out) / "story.txt").write_text(story + "\n", encoding="utf-8")
+    draw_curves(Path(out))
+
+
+def ask_command(out: str, seed: int) -> str:
+    """The command that asks a run's models, without the question."""
+    folder = "" if out == "run" else f" --out {shlex.quote(out)}"  # its default
+    return f"python mtr.py ask{folder}" + (f" --seed {seed}" if seed else "")
+
+
+def before_and_after(questions: list[Question], traces: dict, ask: str) -> str:
+    """The first question that only GRPO gets right: greedy traces, commands that print them."""
+    before = traces["sft"]["greedy"]
+    after = traces["grpo"]["greedy"]
     for q, old, new in zip(questions, before, after, strict=True):
         if not exact_match(old.answer or "", q.golds) and exact_match(new.answer or "", q.golds):
             return (f"{q.text}   (right: {q.golds[0]})\nbefore GRPO\n{old.story()}\n"
-                    f"after GRPO\n{new.story()}")
+                    f"after GRPO\n{new.story()}\nThese commands print the same traces:\n"
+                    f'  {ask} --stage sft "{q.text}"\n  {ask} --stage grpo "{q.text}"')
     return "No held-out question went from wrong to right."
 
 
-PANELS = (("sft", "loss_agent", "loss_maker", "loss_actor", "heldout_agent", "heldout_maker"),
-          ("grpo", "reward", "answer", "consistency", "heldout_sampled"),
-          ("grpo", "length"), ("grpo", "grad_norm"))
+PANELS = (  # stage, title, columns of its metrics.csv
+    ("grpo", "Held-out EM during GRPO; dashed: before GRPO", "heldout_sampled", "heldout_greedy"),
+    ("grpo", "Calls per trace in the rollouts of GRPO", "calls"),
+    ("grpo", "Reward of the rollouts and its two parts", "reward", "answer", "consistency"),
+    ("sft", "Loss of SFT, median of the last 20 steps", "loss_agent", "loss_maker", "loss_actor"))
+
+
+def curve(path: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a column of metrics.csv, at most about 300. Of SFT: medians of 20."""
+    steps = []
+    values = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for row in csv.DictReader(lines):
+        value = float(row.get(name) or "nan")
+        if math.isfinite(value):
+            steps.append(int(row["step"]))
+            values.append(value)
+    if name.startswith("loss_"):
+        values = [float(np.median(values[max(0, i - 19):i + 1])) for i in range(len(values))]
+    every = 1 + len(steps) // 300
+    return steps[::every], values[::every]
 
 
 def draw_curves(out: Path) -> None:
-    """Write curves.png: the loss of stage 1; reward, length and gradient norm of stage 2."""
+    """Write curves.png: held-out EM, calls and reward of stage 2, and the loss of stage 1."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for axis, (stage, *names) in zip(axes.flat, PANELS, strict=True):
-        with open(out / stage / "metrics.csv", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
+    for axis, (stage, title, *names) in zip(axes.flat, PANELS, strict=True):
         for name in names:
-            steps = [int(row["step"]) for row in table if row[name]]
-            values = [float(row[name]) for row in table if row[name]]
+            steps, values = curve(out / stage / "metrics.csv", name)
             axis.plot(steps, values, label=name, marker="o" if name.startswith("heldout") else "")
-        axis.set(xlabel=f"{stage} step", yscale="log" if stage == "sft" else "linear")
+            if name == "heldout_sampled" and steps[:1] == [0]:
+                axis.axhline(values[0], color="gray", linestyle="--", label="SFT, sampled")
+        bounds = {"yscale": "log"} if stage == "sft" else {"ylim": (0, None)}
+        axis.set(title=title, xlabel=f"step of {stage}", **bounds)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
+
+
+def write_page(out: Path) -> None:
+    """Write report.html: table, curves and traces in one file. It is kept if the run is older."""
+    files = [*out.glob("grpo/metrics.csv"), *out.glob("results.json"), *out.glob("report.html")]
+    if max(files, key=lambda path: path.stat().st_mtime, default=out).name == "report.html":
+        return
+    facts = {"run": str(out), "columns": tables.SCORES | tables.BY_SET, "meanings": tables.ROWS,
+             "results": [read_json(path) for path in out.glob("results.json")], "panels": []}
+    for stage, title, *names in PANELS:
+        lines = [[name, *curve(out / stage / "metrics.csv", name)] for name in names]
+        facts["panels"].append([stage, title, lines])
+    template = (Path(__file__).parent / "docs" / "report_template.html").read_text("utf-8")
+    data = page_json(out, facts, 1_990_000 - len(template))
+    (out / "report.html").write_text(template.replace("REPORT_DATA", data), encoding="utf-8")

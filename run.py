@@ -1,5 +1,4 @@
-"""Shared by all programs: command line, device, precision, run folder. You may skip this file."""
-import argparse
+"""Shared by all programs: device, precision, run folder. You may skip this file."""
 import csv
 import json
 import math
@@ -8,72 +7,19 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, field, fields
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agents import Trace
-from data import InputError, fingerprint, printable, read_json
+from data import InputError, fingerprint, read_json
+from data.folders import whole_folder
+from data.options import Config
 from model import Tokenizer, Transformer, save_model
-
-
-def option(default, meaning: str, **more):
-    """A config field. `meaning` is its --help text, `least` the lowest value of a number."""
-    return field(default=default, metadata={"help": meaning, **more})
-
-
-def validate(config) -> None:
-    """InputError for a value not in `choices` or below `least`. The default least is above 0."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        least = f.metadata.get("least")
-        choices = f.metadata.get("choices", (value,))
-        if value not in choices:
-            raise InputError(f"{f.name}: expected one of {', '.join(choices)}, found {value!r}")
-        if type(value) in (int, float):
-            fits = value > 0 if least is None else value >= least
-            if not fits or value > 1e15:
-                want = "above 0" if least is None else f"of at least {least}"
-                raise InputError(f"{f.name}: expected a number {want}, found {value!r}")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake prints one line and not the whole usage."""
-
-    def error(self, message: str):
-        given = printable(" ".join(sys.argv[1:]))
-        raise InputError(f"{printable(message)}; given: {given} (see --help)")
-
-
-def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add one --flag for each field of the dataclass."""
-    for f in fields(config_class):
-        kind = (get_args(f.type) or (f.type,))[0]  # int of int | None
-        how = {"type": kind, "choices": f.metadata.get("choices")}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif kind is tuple:
-            how = {"nargs": "+", "metavar": "FILE"}
-        default = f.metadata.get("unset", "none") if f.default in (None, "", ()) else f.default
-        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-        if f.metadata.get("positional"):
-            parser.add_argument(f.name, help=f.metadata["help"])
-        else:
-            name = "--" + f.name.replace("_", "-")
-            parser.add_argument(name, default=f.default, help=text, **how)
-
-
-def command_line(config_class: type, description: str):
-    """Build the config from sys.argv."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, config_class)
-    return config_class(**vars(parser.parse_args()))
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -96,22 +42,33 @@ def run_main(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
+chosen = {"device": "cpu", "precision": "auto"}  # of this process; set_up sets them
+
+
 def pick_device() -> str:
-    """cuda, mps or cpu: the first that is available."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device of this process: cpu, cuda or mps."""
+    return chosen["device"]
 
 
 def half_precision(device: str):
-    """bfloat16 autocast where the device computes in bfloat16; model.py keeps sums in float32."""
+    """bfloat16 autocast, unless --precision forbids it; model.py keeps sums in float32."""
     kind = torch.device(device).type
-    fast = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return torch.autocast(kind, torch.bfloat16) if fast else nullcontext()
+    half = chosen["precision"] == "bfloat16"
+    if chosen["precision"] == "auto":
+        half = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(kind, torch.bfloat16) if half else nullcontext()
 
 
-def set_up(config) -> None:
-    """Set the number of CPU threads."""
+def set_up(config: Config, checkpoint: bool = False) -> None:
+    """Set threads, device and precision of this process. checkpoint: not for the miniature."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if not available.get(config.device, True):
+        raise InputError(f"device: {config.device} is not available here")
+    best = next(device for device in available if available[device])
+    auto = best if checkpoint else "cpu"
+    chosen["device"] = auto if config.device == "auto" else config.device
+    chosen["precision"] = config.precision
     if config.threads:
         torch.set_num_threads(config.threads)
     # MKL sets up a function at its first call. If several threads make that call, results may be
@@ -121,17 +78,6 @@ def set_up(config) -> None:
 
 
 # -------------------------------------------------------------------------------------- run folder
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write. It gets its name at the end, so a kill never leaves half of it."""
-    part = target.with_name("part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
 
 
 LOGS = ("metrics.csv", "traces.jsonl")
@@ -175,7 +121,7 @@ class Run:
         """Go back to the last checkpoint. InputError if the options have changed."""
         begun = read_json(self.folder / "config.json")
         for name, value in json.loads(json.dumps(options)).items():
-            if name not in ("out", "resume") and value != begun.get(name):
+            if name not in ("out", "resume", "sft") and value != begun.get(name):
                 raise InputError(f"{name}: the run in {self.folder} was started with "
                                  f"{begun.get(name)!r}, not {value!r}")
         if self.checkpoint and not self.finished:
@@ -195,11 +141,12 @@ class Run:
                 raise SystemExit(f"step {row['step']}: {name} is {value}. The run ends here; "
                                  f"{self.folder / 'checkpoints'} keeps its last checkpoint")
 
-    def save_traces(self, step: int, traces: list[Trace]) -> None:
-        """Append whole traces to traces.jsonl, one per line."""
+    def save_traces(self, step: int, traces: list[Trace], golds: list, rewards: list) -> None:
+        """Append whole traces to traces.jsonl, one per line, each with its golds and its reward."""
         with open(self.folder / "traces.jsonl", "a", encoding="utf-8") as file:
-            for trace in traces:
-                file.write(json.dumps({"step": step, **trace.record()}) + "\n")
+            for trace, gold, reward in zip(traces, golds, rewards, strict=True):
+                line = {"step": step, **trace.record(), "golds": gold, "rewards": reward}
+                file.write(json.dumps(line) + "\n")
 
     def steps(self, total: int, model: Transformer, tokenizer: Tokenizer,
               optimizer: torch.optim.Optimizer, more: Callable[[], dict] = dict) -> Iterator[int]:

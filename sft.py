@@ -20,12 +20,13 @@ from tqdm import tqdm
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data import InputError
+from data.options import Config, command_line, option
 from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
 from data.training import ROLES, read_traces
 from data.world import make_world, teach
 from model import ModelConfig, Transformer, load, token_logprobs
-from run import Run, command_line, half_precision, option, pick_device, run_main, set_up, validate
+from run import Run, half_precision, pick_device, run_main, set_up
 
 # Shapes of a model that starts from random weights.
 MINIATURE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3,
@@ -36,20 +37,18 @@ VOCABULARY = 1280  # maximum number of ids in the tokenizer of such a model
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(Config):
     """The options of stage 1."""
     out: str = option("run", "run folder; this stage writes OUT/sft")
-    seed: int = option(0, "seed of the world, the teacher, the weights and the batches", least=0)
-    threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
     traces: str = option("", "file from mtr.py traces, in place of the scripted teacher")
     worlds: int = option(20, "worlds with the same names but other facts, so that no agent learns "
                          "facts by heart; each gives AutoAgent and ToolMaker 300 conversations")
     steps: int = option(1300, "optimizer steps")
-    agent_tokens: int = option(1200, "size of AutoAgent's batch in a step, in tokens with padding")
-    maker_tokens: int = option(900, "size of ToolMaker's batch in a step, in tokens with padding")
-    actor_tokens: int = option(600, "size of ToolActor's batch in a step, in tokens with padding")
+    agent_tokens: int = option(1600, "AutoAgent's tokens per step, with padding")
+    maker_tokens: int = option(900, "ToolMaker's tokens per step, with padding")
+    actor_tokens: int = option(900, "ToolActor's tokens per step, with padding")
     piece: int = option(24, "at first, conversations are cut into pieces of this many tokens, "
                         "AutoAgent's into pieces of four times as many", least=2)
     piece_steps: int = option(150, "after each so many steps, pieces get four times as long, until "
@@ -63,9 +62,6 @@ class SFTConfig:
     save_every: int = option(150, "steps between two checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
-    def __post_init__(self):
-        validate(self)
-
 
 # ------------------------------------------------------------------------- shared by both stages
 
@@ -78,13 +74,14 @@ def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: Transformer, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+def make_optimizer(model: Transformer, lr: float, weight_decay: float, momentum: float = 0.9
+                   ) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only. momentum: its beta1."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.95), fused=True)
 
 
 def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float,
@@ -347,7 +344,7 @@ def new_miniature(config: SFTConfig, records: dict[str, list[dict]], run: Run
 
 def train_sft(config: SFTConfig, continued: bool = False) -> None:
     """Run stage 1 -> OUT/sft/model. `continued` runs the control: more SFT from OUT/sft/model."""
-    set_up(config)
+    set_up(config, checkpoint=bool(config.model))
     folder = Path(config.out) / "sft"
     source = Path(config.model) if config.model else None
     if source and source.resolve().is_relative_to(folder.resolve()):

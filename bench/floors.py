@@ -28,6 +28,8 @@ import mtr
 import run as run_file
 import sft
 from agents import AutoAgent, ToolActor, ToolMaker
+from data import options as options_file
+from data.options import Config
 from data.tokenizer import Tokenizer
 from model import Sampler, Transformer
 from run import pick_device, set_up
@@ -229,10 +231,10 @@ def time_engine(model: Transformer, rows: int, group: int, prompt: int, tokens: 
 
 def main() -> None:
     """python bench/floors.py run | step"""
-    parser = run_file.Parser(description=__doc__,
+    parser = options_file.Parser(description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=run_file.Parser)
-    run_file.add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=options_file.Parser)
+    options_file.add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
     step = commands.add_parser("step", help="the rollout engine alone")
     step.add_argument("--shape", choices=SHAPES, default="miniature")
     step.add_argument("--rows", type=int, nargs="+", default=[64],
@@ -244,7 +246,7 @@ def main() -> None:
     if options.pop("command") == "run":
         profile_run(mtr.RunConfig(**options))
     else:
-        set_up(SimpleNamespace(threads=options.pop("threads")))
+        set_up(Config(threads=options.pop("threads")), checkpoint=True)
         profile_step(**options)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.options import Config
 from model import ModelConfig, Sampler, Transformer
 from run import pick_device, set_up
 
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("--no-greedy-check", action="store_true",
                         help="do not compare greedy ids in float32 first")
     args = parser.parse_args()
-    set_up(SimpleNamespace(threads=0))
+    set_up(Config(), checkpoint=True)
     small, device = args.shape in ("tiny", "miniature"), pick_device()
     questions, group = args.questions or (8 if small else 2), args.group or (8 if small else 4)
     few = 8 if small else 2

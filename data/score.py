@@ -87,3 +87,15 @@ def means(measures: list[dict]) -> dict[str, float | None]:
         total = sum(m[whole] for m in measures)
         row[part] = sum(m[part] for m in measures) / total if total else None
     return row
+
+
+def majority(questions: list, held_out: list) -> dict:
+    """The row of a program that always gives the most common training answer."""
+    answers = Counter(q.golds[0] for q in questions if q.set == "train")
+    answer = answers.most_common(1)[0][0]
+    scores = [exact_match(answer, q.golds) for q in held_out]
+    em = float(np.mean(scores))
+    return {"row": "majority", "n": len(held_out), "em_greedy": em, "em_sampled": em,
+            "f1": float(np.mean([f1(answer, q.golds) for q in held_out])), "grammar": None,
+            "valid_calls": None, "clean_turns": None, "support": None, "calls": 0.0,
+            "length": None, "by_set": by_set(scores, held_out)}

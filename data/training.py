@@ -1,4 +1,4 @@
-"""The training data of both stages: kept traces of a teacher, the questions of each rollout."""
+"""The training data: which traces stage 0 keeps, reading them, the questions of each rollout."""
 import json
 import random
 from collections.abc import Callable
@@ -7,9 +7,66 @@ from pathlib import Path
 
 from data import InputError, read_file, read_json
 from data.read import Item, read_questions
+from data.score import exact_match, holds, normalize
+from data.tools import UTILITIES
 from data.world import HELD_OUT, World, make_questions, mixed
 
 ROLES = ("agent", "maker", "actor")
+# The options of stage 0 that every line of a file of traces shares.
+SETTINGS = ("seed", "temperature", "max_turns", "turn_tokens", "trace_tokens", "backend",
+            "real_tools", "grounded")
+
+
+def why_not(trace, item: Item) -> str:
+    """Why stage 0 does not keep a trace (an agents.Trace); "" if it does."""
+    if not trace.turns:
+        return "the question is too long"
+    if trace.status != "answered":
+        return f"{trace.status}: {trace.turns[-1].error or 'too many turns or tokens'}"
+    for call in trace.calls:
+        if call.error:
+            return f"refused call: {call.error}"[:40]
+    if not normalize(trace.answer) or not exact_match(trace.answer, item.golds):
+        return "wrong answer"
+    for gold in item.golds:
+        if holds(trace.turns[0].thought, gold) and not holds(item.text, gold):
+            return "answer in the first thought"
+    # Each turn is taught in the strict form, in which a thought comes first.
+    if not all(turn.thought for turn in trace.turns):
+        return "a turn without a thought"
+    return ""
+
+
+def to_records(trace, box, no_result: dict) -> list[dict]:
+    """A kept trace and its agents.Toolbox -> the conversations of all three roles in it, as sft.py
+    reads them. no_result: the observation of a failed simulation.
+    """
+    def parts(tool) -> dict:
+        names = ("name", "description", "parameters", "returns", "source")
+        return {name: getattr(tool, name) for name in names if getattr(tool, name)}
+
+    utilities = [spec["name"] for spec in UTILITIES]
+    tools = {tool.name: tool for tool in trace.tools if tool.name not in utilities}
+    turns = []
+    for turn in trace.turns:
+        if turn.answer is not None:
+            turns.append({"thought": turn.thought, "answer": turn.answer})
+        else:
+            calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls]
+            turns.append({"thought": turn.thought, "calls": calls,
+                          "observations": [call.observation for call in turn.calls]})
+    records = [{"role": "agent", "question": trace.question, "kind": box.kind,
+                "tools": [parts(tool) for tool in tools.values()], "turns": turns}]
+    if box.tries:  # the ToolMaker did not write the fallback
+        records.append({"role": "maker", "question": trace.question, "thought": box.thought,
+                        "kind": box.kind, "tools": [parts(tool) for tool in box.made],
+                        "rejected": box.rejected})
+    for call in trace.calls:
+        tool = tools.get(call.name)
+        if tool and not tool.run and call.observation != no_result:
+            exchange = [call.arguments, call.observation]
+            records.append({"role": "actor", "tool": parts(tool), "exchanges": [exchange]})
+    return records
 
 
 def read_traces(path: str, check: Callable[[dict], tuple]) -> tuple[dict, dict]:

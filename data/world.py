@@ -253,8 +253,8 @@ def nonsense(world: World, n: int, held_out: list[Question], rng: random.Random)
 
 
 def mixed(questions: list[Question], n: int, rng: random.Random) -> list[Question]:
-    """Return up to n questions in random order, a sixth of each form, or all of a small form.
-    Forms are compositions of 2, 3 and 4 lookups, inferences, comparisons of scores and of sizes.
+    """Return up to n questions in random order, a seventh of each form, or all of a small form.
+    Forms are compositions of 1 to 4 lookups, inferences, comparisons of scores and of sizes.
     Comparisons have two forms because they are hardest to learn."""
     forms: dict[tuple, list[Question]] = {}
     for q in questions:
@@ -270,13 +270,14 @@ def _choose_paths(rng: random.Random) -> tuple[dict[str, list[tuple]], list[tupl
     """Return {pool: paths}, and twelve unseen paths that no path in a pool contains. A path is a
     tuple of relations, in the order of the lookups. For example, ("founder", "birthplace") leads
     from a company to its founder, and from the founder to a city."""
-    twos = _extend([(relation,) for relation in RELATIONS])
+    ones = [(relation,) for relation in RELATIONS]
+    twos = _extend(ones)
     threes = [path for path in _extend(twos) if path not in INFERENCE.values()]
     rng.shuffle(threes)
     unseen = threes[:12]
     seen = threes[12:]
     fours = [path for path in _extend(seen) if path[1:] not in unseen]
-    return {"bridge": twos, "three": seen, "four": fours}, unseen
+    return {"one": ones, "bridge": twos, "three": seen, "four": fours}, unseen
 
 
 def _extend(paths: list[tuple]) -> list[tuple]:
@@ -291,7 +292,7 @@ def _extend(paths: list[tuple]) -> list[tuple]:
 
 
 def _make_pools(world: World, paths: dict[str, list[tuple]], rng: random.Random) -> dict:
-    """Return {pool: questions}. The pools bridge, three and four hold the compositions."""
+    """Return {pool: questions}. The pools one, bridge, three and four hold the compositions."""
     pools = {name: _questions_along(world, of_pool) for name, of_pool in paths.items()}
     pools["inference"] = []
     for word, path in INFERENCE.items():
@@ -336,10 +337,7 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
     """Return questions that compare the scores of two people or the sizes of two companies."""
     made = []
     for relation, pick in COMPARED.items():
-        names = world.names[RELATIONS[relation][0]]
-        pairs = []
-        for i, name in enumerate(names):
-            pairs += [(name, earlier) for earlier in names[:i]]
+        pairs = list(itertools.combinations(world.names[RELATIONS[relation][0]], 2))
         for pair in rng.sample(pairs, min(len(pairs), 400)):
             a, b = rng.sample(pair, 2)
             steps = [(relation, a), (relation, b)]
@@ -354,9 +352,9 @@ def _comparisons(world: World, rng: random.Random) -> list[Question]:
 
 # ------------------------------------------------------------------------------------------ teacher
 # The teacher's grammar is perfect; its strategy is flawed. SFT copies the flaws and GRPO unlearns
-# them. Both lookups of a comparison share one turn, and the next thought repeats both values, so
-# that the values to copy are near. For the same reason, the call lists values before names.
-STOPS_SHORT = 0.5  # share of lookup chains that end one step early and answer with the last value
+# them. Both lookups of a comparison share one turn, and the next thought repeats their results, so
+# that the names and values to copy are near.
+STOPS_SHORT = 0.7  # share of chains of two to four lookups that stop one short of the answer
 REPEATS = 0.05     # share of lookup chains that repeat one lookup
 GUESSES = 0.05     # share of traces that guess the answer without any lookup
 REJECTED = 0.1     # share of ToolMaker prompts that report a rejected first reply
@@ -381,7 +379,7 @@ def teach_agent(world: World, question: Question, rng: random.Random) -> dict:
 
 def _lookup_turns(world: World, question: Question, rng: random.Random) -> list[dict]:
     """Return one turn per lookup, then the turn that answers."""
-    stops_short = rng.random() < STOPS_SHORT
+    stops_short = len(question.steps) > 1 and rng.random() < STOPS_SHORT
     steps = question.steps[:-1] if stops_short else question.steps
     repeated = rng.randrange(len(steps)) if rng.random() < REPEATS else None
     turns = []
@@ -404,7 +402,7 @@ def _compare_turns(world: World, question: Question) -> list[dict]:
     gold = question.golds[0]
     call = {"name": "compare", "arguments": {"values": [x, y], "names": [a, b], "pick": pick}}
     return [_turn(world, f"I need the {relation} of {a} and {b}.", *question.steps),
-            {"thought": f"I have {x} and {y}. I need the {pick}.",
+            {"thought": f"The {relation} of {a} and {b} is {x} and {y}. I need the {pick}.",
              "calls": [call], "observations": [{"result": gold}]},
             {"thought": f"The {pick} is {gold}. {DONE}", "answer": gold}]
 

@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import run as run_file
 import sft
 from data.tokenizer import train_tokenizer
 from model import ModelConfig, Tokenizer, Transformer, save_model
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 # A file that compares with a peer library is collected only if that library is installed (requirements-peers.txt).
 PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers"}
 collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.find_spec(peer)]
+
+
+@pytest.fixture(autouse=True)
+def own_device_and_precision(monkeypatch):
+    """What a program chose with --device and --precision in one test does not hold in the next."""
+    monkeypatch.setattr(run_file, "chosen", dict(run_file.chosen))
 
 
 @pytest.fixture(scope="session")

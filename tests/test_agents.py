@@ -1231,6 +1231,12 @@ def test_record_and_story_hold_everything(tokenizer):
     assert record["question"] == "Where was Bo born?" and record["status"] == "answered"
     assert record["key"] == ["key", "Where was Bo born?"] and record["tools"][0] == BIRTHPLACE.schema
     assert record["ids"] == trace.ids and record["mask"] == trace.mask
+    sampled = [i for i, mask in enumerate(trace.mask) if mask]
+    assert record["logprobs"] == pytest.approx([trace.logprobs[i] for i in sampled], abs=1e-5) and record["old"] == []
+    trace.old, trace.advantage, trace.weight = [i / 3 for i in range(len(trace.ids))], -1.5, 0.25
+    record = trace.record()
+    assert record["old"] == pytest.approx([i / 3 for i in sampled], abs=1e-5)
+    assert (record["advantage"], record["weight"]) == (-1.5, 0.25)
     observations = [call["observation"] for call in record["turns"][0]["calls"]]
     assert observations == [{"birthplace": "Velka"}, {"error": "unknown tool"}]
     assert record["turns"][1]["answer"] == "Velka"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,8 +92,9 @@ def test_each_part_is_printed_before_the_next_is_generated(folder, ask, played):
     assert (code, err) == (0, "") and len(seen) == 4
     assert ["Write the tools" in c or "You play a tool" in c for c, _ in seen] == [True, False, True, False]
     tools, calls, observations = (screen for _, screen in seen[1:])
-    assert seen[0][1] == "" and tools.startswith(f"\nToolMaker: comparison\n  {json.dumps(MAYOR)}\n  ")
-    assert '\n  {"name": "compare"' in tools and tools.endswith("\n\nAutoAgent and ToolActor:\n")
+    assert seen[0][1] == "" and tools.startswith(
+        "\nToolMaker: comparison\n  mayor(city) -> mayor  Who governs a city.\n  compare(names, values, pick) -> result  ")
+    assert tools.count("\n") == 6 and tools.endswith("\n\nAutoAgent and ToolActor:\n")
     assert calls == "  thinks    I look it up.\n  calls     mayor(city='Doka')\n  calls     nothing()\n"
     assert observations == '  observes  {"mayor": "Bo"}\n  observes  {"error": "unknown tool"}\n'
     assert last == "  thinks    Done.\n  answers   Bo\n"
@@ -144,6 +146,41 @@ def test_the_temperature_is_the_agents_alone(folder, ask, tokenizer, monkeypatch
     code, out, _ = ask("--model", folder, "Who governs Doka?", *words)
     assert code == 0 and out.endswith("  answers   Bo\n")
     assert [s.temperatures for s in samplers] == [[0.0, 0.0], [temperature, temperature]]
+
+
+def test_the_answers_of_several_samples_are_counted(folder, ask, played, monkeypatch):
+    """Three traces of one prompt; the second answers at once. Only the first is told. Each draws its own numbers."""
+    started = []
+
+    def run_episodes(agent, backend, traces, group=1, **more):
+        started.append(([trace.key for trace in traces], group))
+        agents.run_episodes(agent, backend, traces, group, **more)
+    monkeypatch.setattr(mtr, "run_episodes", run_episodes)
+    maker = agents.ToolMaker.reply("So.", "composition", [agents.Tool(**MAYOR)])
+    call = act(("mayor", {"city": "Doka"}))
+    seen = played([call, say("Al"), call, say("Bo"), say("Bo")], '{"mayor": "Bo"}', maker)
+    code, last, err = ask("--model", folder, "Who?", "--samples", 3, "--temperature", 0.5, "--seed", 4)
+    assert (code, err) == (0, "") and len(seen) == 7  # five turns, the tools, one result for both calls
+    screen = "".join(text for _, text in seen) + last
+    assert screen.endswith("\nAutoAgent and ToolActor:\n  thinks    I look it up.\n  calls     mayor(city='Doka')\n"
+                           '  observes  {"mayor": "Bo"}\n  thinks    Done.\n  answers   Bo\n'
+                           "\n2 of 3  Bo\n1 of 3  Al\n")
+    assert started == [([(4, "Who?", sample) for sample in range(3)], 3)]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_tools_are_drawn_as_in_the_evaluation(folder, ask, monkeypatch, seed):
+    """The retries of the ToolMaker draw with question and seed. So ask makes the same tools as Simulator.make_tools."""
+    made = []
+
+    def make(maker, questions, key=()):
+        made.append((questions, key))
+        return [agents.Toolbox("composition", [agents.FALLBACK], 0)] * len(questions)
+    monkeypatch.setattr(agents.ToolMaker, "make", make)
+    assert ask("--model", folder, "Who?", "--seed", seed, "--turn-tokens", 2, "--max-turns", 1)[0] == 0
+    simulator = SimpleNamespace(boxes={}, maker=agents.ToolMaker(None), config=grpo.GRPOConfig(seed=seed))
+    grpo.Simulator.make_tools(simulator, [SimpleNamespace(id="q", text="Who?")])
+    assert made == [(["Who?"], (seed,))] * 2
 
 
 # ------------------------------------------------------------------------------------------- mistakes

@@ -22,7 +22,7 @@ from agents import Tool, Toolbox, ToolMaker
 from data import InputError, fingerprint
 from data.prompts import SHORT
 from data.read import Item, read_questions
-from data.training import read_done, read_traces
+from data.training import read_done, read_traces, to_records, why_not
 from data.world import HELD_OUT, make_questions, make_world, tool_for
 from evaluate import EvalConfig, TracesConfig, evaluate_files, make_traces
 from model import load
@@ -519,7 +519,7 @@ def test_a_record_of_a_trace_has_the_ids_and_mask_of_the_rollout(stand_in, folde
     trace = agents.Trace(item.text, players.tools(item, box), (0,))
     agent = players.simulator.agent(players.policy, 1, 0.0)
     agents.run_episodes(agent, players.simulator.actor.answer, [trace])
-    record = evaluate.to_records(trace, box)[0]
+    record = to_records(trace, box, agents.ToolActor.NO_RESULT)[0]
     again = sft.to_trace(record, tokenizer)
     assert (again.ids, again.mask) == (trace.ids, trace.mask) and trace.status == "answered"
 
@@ -530,7 +530,7 @@ def test_a_first_thought_may_name_what_the_question_named(thought, want):
     item = Item("q", "Is Ed or Flo older?", ["Ed", "Gus"], "few", "common")
     turns = [agents.Turn(thought), agents.Turn("It is Gus.", answer="Ed")]
     trace = agents.Trace(item.text, turns=turns, status="answered")
-    assert evaluate.why_not(trace, item) == want
+    assert why_not(trace, item) == want
 
 
 @pytest.mark.parametrize("said, want", [
@@ -543,13 +543,13 @@ def test_a_loose_trace_is_kept_if_each_turn_has_a_thought(said, want):
     turns = [agents.parse_turn(text, plain_answer=True) for text in said]
     assert all(turn.departures for turn in turns)
     trace = agents.Trace("Who?", turns=turns, status="answered")
-    assert evaluate.why_not(trace, Item("q", "Who?", ["Ed"], "few", "common")) == want
+    assert why_not(trace, Item("q", "Who?", ["Ed"], "few", "common")) == want
 
 
 def test_a_question_that_is_too_long_is_a_reason():
     item = Item("q", "Who?", ["Ed"], "few", "common")
     trace = agents.Trace(item.text, status="truncated")
-    assert evaluate.why_not(trace, item) == "the question is too long"
+    assert why_not(trace, item) == "the question is too long"
 
 
 def test_the_fallback_and_failed_simulations_are_not_taught():
@@ -557,7 +557,7 @@ def test_the_fallback_and_failed_simulations_are_not_taught():
     call = agents.Call("lookup", {"subject": "a", "property": "b"},
                        observation=agents.ToolActor.NO_RESULT)
     trace = agents.Trace("Who?", [lookup], turns=[agents.Turn("t", [call])])
-    records = evaluate.to_records(trace, Toolbox("composition", [lookup], 0))
+    records = to_records(trace, Toolbox("composition", [lookup], 0), agents.ToolActor.NO_RESULT)
     assert [record["role"] for record in records] == ["agent"]
 
 
@@ -571,7 +571,7 @@ def test_tools_with_code_are_not_taught_to_the_toolactor():
     box = Toolbox("arithmetic", [BIRTHPLACE], 2, "So.", "not JSON")
     trace = agents.Trace("Who?", [*box.tools, own],
                          turns=[agents.Turn("t", calls), agents.Turn("u", answer="x")])
-    agent, maker, actor = evaluate.to_records(trace, box)
+    agent, maker, actor = to_records(trace, box, agents.ToolActor.NO_RESULT)
     assert [tool["name"] for tool in agent["tools"]] == ["birthplace", "own"]
     assert "run" not in agent["tools"][1] and agent["kind"] == "arithmetic"
     assert [tool["name"] for tool in maker["tools"]] == ["birthplace"]
@@ -667,7 +667,7 @@ def test_the_table_and_the_report_are_printed(stand_in, folder, data, out, monke
     traces = str(folder.parent / "t.jsonl")
     for words, texts in (
             (["eval", "--out", str(out), "--name", "mine"],
-             ["musique", f"agent: {folder}; calls answered by: simulated; 1 traces per question"]),
+             ["musique", f"agent: {folder}; calls answered by: simulated\n1 traces per question"]),
             (["traces", "--out", traces, "--samples", "1"],
              ["kept 1 of 6 traces\n       1  wrong answer\n",
               f"next: python sft.py --model STUDENT --traces {traces} --lr 1e-5 --out RUN"])):

@@ -16,10 +16,10 @@ import torch
 import grpo
 from agents import Call, Trace, Turn, uniforms
 from data import InputError
+from data.options import command_line
 from data.world import make_questions, make_world
 from grpo import GRPOConfig, Loss, advantages, policy_loss, token_weights, update
 from model import ModelConfig, Sampler, Transformer
-from run import command_line
 from sft import SFTConfig, make_optimizer, pad
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
@@ -973,7 +973,8 @@ def test_an_unknown_loss_is_refused(monkeypatch):
         command_line(GRPOConfig, "")
 
 
-PAPER_SETTINGS = [("grpo", True, 0.2, 0.2, False), ("dapo", True, 0.2, 0.28, True),
+# The papers' settings, but for DAPO's overlong filter.
+PAPER_SETTINGS = [("grpo", True, 0.2, 0.2, False), ("dapo", True, 0.2, 0.28, False),
                   ("dr_grpo", False, 0.2, 0.2, False), ("gspo", True, 3e-4, 4e-4, False)]
 
 
@@ -1149,9 +1150,9 @@ def test_the_loop_by_hand(monkeypatch):
 
     monkeypatch.setattr(grpo, "run_episodes", run_episodes)
     monkeypatch.setattr(grpo, "update", update)
-    monkeypatch.setattr(grpo, "make_optimizer", lambda model, lr, weight_decay: None)
+    monkeypatch.setattr(grpo, "make_optimizer", lambda model, lr, weight_decay, momentum: None)
     monkeypatch.setattr(grpo, "score_heldout", lambda simulator, agent, questions: (
-        {"em_greedy": 0.5, "em_sampled": 0.75}, {"sampled": questions}))
+        {"em_greedy": 0.5, "em_sampled": 0.75}, {"sampled": [Trace(q.text, status="truncated") for q in questions]}))
     cfg = config(loss="dr_grpo", steps=4, questions=2, group=2, lr=0.8, eval_every=3)
     actor = SimpleNamespace(asked=0, remembered=0, answer="the ToolActor", memo={"call": {"a": 1}})
     simulator = SimpleNamespace(
@@ -1160,7 +1161,7 @@ def test_the_loop_by_hand(monkeypatch):
         traces=lambda asked, group, step: [Trace(q.text, key=(i,)) for q in asked for i in range(group)])
     plan = [[SimpleNamespace(text=f"{step} {name}", golds=["1"]) for name in "ab"] for step in range(4)]
     rows, saved, seen, states = [], [], [], []
-    held_out = [f"question {i}" for i in range(25)]
+    held_out = [SimpleNamespace(text=f"question {i}", golds=["1"]) for i in range(25)]
     grpo.loop(simulator, "policy", plan, held_out, SimpleNamespace(
         steps=more_of_the_state, state={"step": 1}, log=rows.append, save_traces=lambda *args: saved.append(args)))
     scaled = 0.35 / (0.35 + 1e-4)  # the two rewards of a group differ by w_answer, 0.7
@@ -1176,7 +1177,11 @@ def test_the_loop_by_hand(monkeypatch):
     assert [row.get("heldout_greedy") for row in rows] == [None, None, 0.5]
     assert [row.get("heldout_sampled") for row in rows] == [None, None, 0.75]
     shown = [f"question {i}" for i in range(0, 25, 3)]  # at most twelve of the held-out questions
-    assert saved == [(3, shown), (4, shown)] and states == [{"memo": [("call", {"a": 1})]}]
+    assert [(step, [t.question for t in kept]) for step, kept, _, _ in saved] == [
+        (1, ["1 a"] * 2 + ["1 b"] * 2), (2, ["2 a"] * 2 + ["2 b"] * 2), (3, shown), (3, ["3 a"] * 2 + ["3 b"] * 2), (4, shown)]
+    assert all(golds == [["1"]] * len(kept) for _, kept, golds, _ in saved)
+    assert [r["reward"] for r in saved[0][3]] == [pytest.approx(0.3 * 0.2), pytest.approx(0.7 + 0.3 * 0.2)] * 2
+    assert states == [{"memo": [("call", {"a": 1})]}]
 
 
 def test_the_world_is_sealed_during_stage_2(folder, monkeypatch, single_precision):

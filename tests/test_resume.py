@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ import run as run_file
 import sft
 from agents import Trace
 from data import InputError, fingerprint
+from data.options import Config
 from model import load
 from run import Run
 from sft import SFTConfig
@@ -133,7 +133,8 @@ def test_killed_and_resumed_is_as_if_never_killed(stage, whole, tmp_path):
 def test_the_toy_is_no_trivial_run(whole):
     """The compared runs train, ask the ToolActor and use its memo."""
     out, _ = whole
-    made = rows(out / "grpo" / "metrics.csv")
+    *made, last = rows(out / "grpo" / "metrics.csv")  # the last row holds only the held-out EM
+    assert last["step"] == str(STEPS["grpo"]) and not last["updates"] and last["heldout_greedy"]
     assert len(made) == STEPS["grpo"] and sum(int(row["updates"]) for row in made) > 0.9 * len(made)
     assert any(0 < float(row["memo_hits"]) < 1 for row in made)
     before, after = (load(out / stage / "model")[0] for stage in ("sft", "grpo"))
@@ -312,10 +313,11 @@ def test_a_value_that_is_not_finite_ends_the_run(row, name, tmp_path):
 
 def test_traces_are_appended_one_per_line(tmp_path):
     run = Run(tmp_path / "sft", config(tmp_path), ["step"])
-    run.save_traces(0, [Trace("Who\n?"), Trace("é\u2028")])
-    run.save_traces(1, [Trace("x")])
+    run.save_traces(0, [Trace("Who\n?"), Trace("é\u2028")], [["a"], ["b"]], [{"em": 1.0}, {"em": 0.0}])
+    run.save_traces(1, [Trace("x")], [["c"]], [{"em": 0.5}])
     lines = [json.loads(line) for line in (tmp_path / "sft" / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["step"], line["question"]) for line in lines] == [(0, "Who\n?"), (0, "é\u2028"), (1, "x")]
+    assert [(line["golds"], line["rewards"]["em"]) for line in lines] == [(["a"], 1.0), (["b"], 0.0), (["c"], 0.5)]
 
 
 @pytest.fixture
@@ -402,8 +404,38 @@ class Calls(TorchDispatchMode):
 def test_set_up_calls_each_vector_function_on_one_element():
     """run.set_up says why. The error shows in few processes, so this test counts the calls instead."""
     with Calls() as calls:
-        run_file.set_up(SimpleNamespace(seed=0, threads=0))
+        run_file.set_up(Config())
     assert {call for call in calls.seen if call[0] != "ones"} == {("cos", 1), ("sin", 1), ("exp", 1)}
+
+
+GPU = {"cuda": True, "mps": True}
+
+
+@pytest.mark.parametrize("available, device, checkpoint, picked", [
+    (GPU, "auto", False, "cpu"), (GPU, "auto", True, "cuda"), (GPU, "cuda", False, "cuda"), (GPU, "cpu", True, "cpu"),
+    ({"cuda": False, "mps": True}, "auto", True, "mps"), ({"cuda": False, "mps": False}, "auto", True, "cpu"),
+    ({"cuda": False, "mps": True}, "cuda", True, None), ({"cuda": False, "mps": False}, "mps", False, None)])
+def test_the_device(available, device, checkpoint, picked, monkeypatch):
+    """auto: the CPU for the miniature, for a checkpoint the best device that there is. A device that is not there is
+    refused (None)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available["mps"])
+    if picked is None:
+        with pytest.raises(InputError, match=f"^device: {device} is not available here"):
+            run_file.set_up(Config(device=device), checkpoint)
+    else:
+        run_file.set_up(Config(device=device), checkpoint)
+        assert run_file.pick_device() == picked
+
+
+@pytest.mark.parametrize("precision, supported, half", [
+    ("auto", True, True), ("auto", False, False), ("float32", True, False), ("bfloat16", False, True)])
+def test_the_precision_of_a_product_on_a_cpu(precision, supported, half, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    run_file.set_up(Config(precision=precision))
+    with run_file.half_precision("cpu"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if half else torch.float32)
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):

@@ -22,6 +22,7 @@ import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
 from data import InputError, fingerprint, training
+from data.options import option, validate
 from data.prompts import SHORT
 from data.world import (
     HELD_OUT,
@@ -35,8 +36,8 @@ from data.world import (
 from evaluate import AgentConfig, EvalConfig, TracesConfig
 from grpo import GRPOConfig
 from model import load, token_logprobs
-from mtr import AskConfig, RunConfig, ShowConfig
-from run import Run, option
+from mtr import AskConfig, CompareConfig, RunConfig, ShowConfig
+from run import Run
 from sft import SFTConfig, to_trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -524,7 +525,8 @@ CONFIGS = {  # the files that read the config, and its name there
     TracesConfig: {"evaluate.py": "config", "mtr.py": "config"},
     AskConfig: {"evaluate.py": "config", "mtr.py": "config"},
     RunConfig: {"mtr.py": "config"},
-    ShowConfig: {"mtr.py": "config"}}
+    ShowConfig: {"report.py": "config", "data/show.py": "config"},
+    CompareConfig: {"data/compare.py": "config"}}
 NEEDED = {TracesConfig: {"model": "teacher", "data": ("a.json",)}}  # options without a usable default
 
 
@@ -571,8 +573,8 @@ WRONG += [(GRPOConfig, name, value) for name, values in {
     "seed": (-1,)}.items() for value in values]
 WRONG += [(config, name, value) for config in (AgentConfig, EvalConfig, AskConfig) for name, values in {
     "seed": (-1,), "threads": (-1,), "temperature": (-0.1,), "max_turns": (0,), "turn_tokens": (0,),
-    "trace_tokens": (-5,)}.items() for value in values]
-WRONG += [(RunConfig, "seed", -1), (RunConfig, "threads", -1), (EvalConfig, "rows", 0), (EvalConfig, "samples", 0),
+    "trace_tokens": (-5,), "samples": (0, 2)}.items() for value in values]
+WRONG += [(RunConfig, "seed", -1), (RunConfig, "threads", -1), (EvalConfig, "rows", 0),
           (EvalConfig, "backend", "live")]
 
 
@@ -611,7 +613,7 @@ class Numbers:
     ("unset", 0, "unset: expected a number above 0, found 0"), ("word", "c", "word: expected one of a, b, found 'c'")])
 def test_validate_names_field_bound_and_value(field, value, message):
     with pytest.raises(InputError) as error:
-        run_file.validate(Numbers(**{field: value}))
+        validate(Numbers(**{field: value}))
     assert str(error.value) == message
 
 
@@ -619,7 +621,7 @@ def test_validate_names_field_bound_and_value(field, value, message):
     {}, {"positive": 1e-9}, {"positive": 1e15}, {"zero": 0}, {"zero": 10 ** 15}, {"two": 2}, {"unset": 1},
     {"flag": True}, {"text": "-1"}, {"word": "b"}, {"files": ("0",)}], ids=str)
 def test_validate_accepts_the_bounds_and_all_that_is_no_number(options):
-    run_file.validate(Numbers(**options))
+    validate(Numbers(**options))
 
 
 @pytest.mark.parametrize("options", [{}, {"shape": "toy", "piece": 2, "seed": 10 ** 15}, {"steps": 1, "warmup": 0}],

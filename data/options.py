@@ -1,0 +1,76 @@
+"""The command line of every program, made from a dataclass."""
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+from typing import get_args
+
+from data import InputError, printable
+
+
+def option(default, meaning: str, **more):
+    """A config field. `meaning` is its --help text, `least` the lowest value of a number."""
+    return field(default=default, metadata={"help": meaning, **more})
+
+
+def validate(config) -> None:
+    """InputError for a value not in `choices` or below `least`. The default least is above 0."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        least = f.metadata.get("least")
+        choices = f.metadata.get("choices", (value,))
+        if value not in choices:
+            raise InputError(f"{f.name}: expected one of {', '.join(choices)}, found {value!r}")
+        if type(value) in (int, float):
+            fits = value > 0 if least is None else value >= least
+            if not fits or value > 1e15:
+                want = "above 0" if least is None else f"of at least {least}"
+                raise InputError(f"{f.name}: expected a number {want}, found {value!r}")
+
+
+@dataclass
+class Config:
+    """The options that all programs share."""
+    out: str = option("run", "run folder")
+    seed: int = option(0, "seed of the world and of everything random", least=0)
+    threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
+    device: str = option("auto", "auto: the CPU for the miniature, the GPU, if there is one, for "
+                         "a checkpoint", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "auto: bfloat16 where the device computes in it, with sums in "
+                            "float32", choices=("auto", "float32", "bfloat16"))
+
+    def __post_init__(self):
+        validate(self)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake prints one line and not the whole usage."""
+
+    def error(self, message: str):
+        given = printable(" ".join(sys.argv[1:]))
+        raise InputError(f"{printable(message)}; given: {given} (see --help)")
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one --flag for each field of the dataclass."""
+    for f in fields(config_class):
+        kind = (get_args(f.type) or (f.type,))[0]  # int of int | None
+        how = {"type": kind, "choices": f.metadata.get("choices")}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            how = {"nargs": "+", "metavar": "FILE"}
+        default = f.metadata.get("unset", "none") if f.default in (None, "", ()) else f.default
+        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, help=f.metadata["help"])
+        else:
+            name = "--" + f.name.replace("_", "-")
+            parser.add_argument(name, default=f.default, help=text, **how)
+
+
+def command_line(config_class: type, description: str):
+    """Build the config from sys.argv."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, config_class)
+    return config_class(**vars(parser.parse_args()))
