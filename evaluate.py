@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import data.tools
+import data.training
 from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.options import Config, option
@@ -23,7 +24,7 @@ from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, mak
 from data.world import tools_for as teachers_tools
 from grpo import GRPOConfig, Simulator, measure, score_heldout
 from model import ModelConfig, Transformer, load
-from run import pick_device, set_up
+from run import half_supported, pick_device, set_up
 
 # ------------------------------------------------------------------------ the rows of a run's table
 
@@ -197,10 +198,10 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stag
                              "python mtr.py makes one")
     trained = read_json(out / "grpo" / "config.json")
     limits = {name: getattr(config, name) or trained.get(name, LIMITS[name]) for name in LIMITS}
-    from_files = bool(trained.get("data"))
-    set_up(config, checkpoint=from_files)
-    dtype = weights_type(config) if from_files else torch.float32
-    long_prompts = long_prompts or from_files
+    checkpoint = data.training.is_checkpoint(config.out)
+    set_up(config, checkpoint)
+    dtype = weights_type(config) if checkpoint else torch.float32
+    long_prompts = long_prompts or bool(trained.get("data"))
     simulator = Simulator(out / "sft" / "model", replace(config, **limits), long_prompts, rows,
                           dtype)
     policy, _ = load(out / stage / "model", pick_device(), dtype)
@@ -209,7 +210,7 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stag
 
 def weights_type(config: AgentConfig) -> torch.dtype:
     """bfloat16 for a checkpoint on a GPU. All other weights are float32."""
-    half = pick_device() == "cuda" and config.precision != "float32"
+    half = pick_device() == "cuda" and half_supported("cuda") and config.precision != "float32"
     return torch.bfloat16 if half else torch.float32
 
 

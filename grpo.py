@@ -29,7 +29,6 @@ depart from the papers:
 Shapes: B traces, T tokens.
 """
 import json
-import math
 import random
 import re
 import time
@@ -51,7 +50,7 @@ from data.folders import stage1_model
 from data.options import Config, command_line, option
 from data.prompts import LONG
 from data.score import by_set, exact_match, f1, means, normalize
-from data.training import choose_questions, world_seed
+from data.training import choose_questions, is_checkpoint, world_seed
 from data.words import content, names, tokens
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, token_logprobs
@@ -84,15 +83,15 @@ class GRPOConfig(Config):
     data: tuple = option((), "question files to train on; every twentieth question is held out",
                          unset="the fictional world's")
     skip_bad: bool = option(False, "skip broken records of these files")
-    steps: int = option(48, "steps; each samples a rollout (questions x group traces) and trains "
+    steps: int = option(56, "steps; each samples a rollout (questions x group traces) and trains "
                         "on it")
     questions: int = option(12, "questions per rollout")
     group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "how often each rollout is trained on")
     minibatches: int = option(1, "optimizer steps per epoch")
-    lr: float = option(4e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
+    lr: float = option(3e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
     clip_norm: float = option(1.0, "maximum norm of the gradient")
-    loss: str = option("dapo", "whose loss, see above", choices=tuple(LOSSES))
+    loss: str = option("dr_grpo", "whose loss, see above", choices=tuple(LOSSES))
     beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
     w_answer: float = option(0.7, "weight of a correct answer in the reward")
     w_consistency: float = option(0.3, "weight of internal consistency in the reward")
@@ -504,7 +503,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     config = simulator.config
     actor = simulator.actor
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
-    # With 0.9, updates overshoot: they still push against stops that no longer happen.
+    # beta1 is 0.5: with 0.9, old gradients dominate, and the policy overshoots.
     optimizer = make_optimizer(model, config.lr, weight_decay=0.0, momentum=0.5)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
@@ -537,7 +536,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         shown = KEPT * config.group
         run.save_traces(step, traces[:shown], golds[:shown], rewards[:shown])
         if not log["updates"]:
-            bar.write(f"step {step}: no trace has a gradient: all are in flat groups, or truncated")
+            bar.write(f"step {step}: no trace has a gradient, because all groups are flat")
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
@@ -548,11 +547,11 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
 
 def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Question], run: Run,
                      step: int) -> dict[str, float]:
-    """Held-out EM after `step` updates. Twelve sampled traces go to traces.jsonl."""
+    """Held-out EM before step `step`. Twelve sampled traces go to traces.jsonl."""
     row, traces = score_heldout(simulator, agent, held_out)
-    every = math.ceil(len(held_out) / 12)
-    shown = traces["sampled"][::every]
-    golds = [q.golds for q in held_out[::every]]
+    picked = np.linspace(0, len(held_out) - 1, min(12, len(held_out))).astype(int)
+    shown = [traces["sampled"][i] for i in picked]
+    golds = [held_out[i].golds for i in picked]
     rewards = [reward(t, g, simulator.config) for t, g in zip(shown, golds, strict=True)]
     run.save_traces(step, shown, golds, rewards)
     return {"heldout_greedy": row["em_greedy"], "heldout_sampled": row["em_sampled"]}
@@ -560,8 +559,8 @@ def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Ques
 
 def train_grpo(config: GRPOConfig) -> None:
     """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
-    set_up(config, checkpoint=bool(config.data))
     start = stage1_model(config.out, config.sft, config.resume)
+    set_up(config, checkpoint=is_checkpoint(config.out))
     world = make_world(world_seed(config.out))
     plan, held_out = choose_questions(config, world)
     simulator = Simulator(start, config, long_prompts=bool(config.data))

@@ -12,7 +12,6 @@ is that of "Adaptive Tool Generation with Models as Tools and Reinforcement Lear
   python mtr.py compare A B     two runs side by side: options that differ, and scores
 """
 import argparse
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from data.own import check_question, run_or_miniature, show_answers, show_end, s
 from data.show import ShowConfig
 from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, load_tools, open_models
 from grpo import GRPOConfig, train_grpo
-from report import say, show, show_evaluation, show_kept, show_run, write_report
+from report import say, show, show_evaluation, show_kept, show_run, write_results
 from run import run_main
 from sft import SFTConfig, train_sft
 
@@ -45,7 +44,7 @@ class RunConfig(Config):
     """The options of the whole run. The stages have more when run alone (sft.py, grpo.py)."""
     toy: bool = option(False, "run every stage in under a minute, only to check that it works; the "
                        "run folder is then toy, unless you give --out")
-    controls: bool = option(False, "six more rows, also later with --resume")
+    controls: bool = option(False, "add six control rows; with --resume, also to a finished run")
     resume: bool = option(False, "continue an interrupted run; finished stages are skipped")
 
     def __post_init__(self):
@@ -71,18 +70,19 @@ def run_all(config: RunConfig) -> None:
     first = SFTConfig(**shared, **options["sft"])
     second = GRPOConfig(**shared, **options["grpo"])
     out = Path(config.out)
-    last = out / "results.json"  # it marks the run as finished, so it is written last
-    rows = read_json(last).get("rows", []) if config.resume and last.exists() else []
-    finished = len(rows) > (5 if config.controls else 0)  # 5: without the controls
+    results = out / "results.json"
+    old = read_json(results) if config.resume and results.exists() else {}
+    finished = len(old.get("rows", [])) > (5 if config.controls else 0)  # 5: without the controls
     parts = 4 if config.controls else 3
     if not config.resume and (out / "grpo").exists():  # refused now, not after SFT
         raise InputError(f"{out}: holds a run; continue it with --resume, or choose another --out")
-    seconds = {}  # after --resume: only of what was left to do
+    before = old.get("seconds", {})  # of a finished run that gets controls
+    seconds = {stage: before[stage] for stage in ("sft", "grpo") if stage in before}
 
     def timed(stage: str, function, *args, **more):
         start = time.perf_counter()
         result = function(*args, **more)
-        seconds[stage] = round(time.perf_counter() - start, 1)
+        seconds.setdefault(stage, round(time.perf_counter() - start, 1))
         return result
 
     say(f"1/{parts}  SFT: {first.steps} steps from random weights, on a scripted teacher's traces. "
@@ -96,11 +96,9 @@ def run_all(config: RunConfig) -> None:
         timed("sft_continued", train_sft, first, continued=True)
     if not finished:
         say(f"{parts}/{parts}  evaluation on held-out questions")
-        results, questions, traces = timed("evaluation", all_rows, out, second, config.toy,
-                                           config.controls)
-        results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
-        write_report(config.out, config.seed, questions, traces)
-        last.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        new, *answered = timed("evaluation", all_rows, out, second, config.toy, config.controls)
+        new["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
+        write_results(config.out, new, *answered)
     show_run(config.out)
 
 

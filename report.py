@@ -1,5 +1,6 @@
 """Results for people: tables, traces before and after GRPO, curves. You may skip this file."""
 import csv
+import json
 import math
 import shlex
 from collections import Counter
@@ -82,11 +83,13 @@ def show_kept(reasons: Counter) -> None:
 # ------------------------------------------------------------------------------- story and curves
 
 
-def write_report(out: str, seed: int, questions: list[Question], traces: dict) -> None:
-    """Write story.txt and curves.png of a run. traces: see evaluate.all_rows."""
-    story = before_and_after(questions, traces, ask_command(out, seed))
+def write_results(out: str, results: dict, questions: list[Question], traces: dict) -> None:
+    """Write story.txt, then results.json, which marks a run as finished. See evaluate.all_rows."""
+    story = before_and_after(questions, traces, ask_command(out, results["seed"]))
     (Path(out) / "story.txt").write_text(story + "\n", encoding="utf-8")
-    draw_curves(Path(out))
+    part = Path(out) / "results.part"
+    part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    part.replace(Path(out) / "results.json")
 
 
 def ask_command(out: str, seed: int) -> str:
@@ -151,10 +154,13 @@ def draw_curves(out: Path) -> None:
 
 
 def write_page(out: Path) -> None:
-    """Write report.html: table, curves and traces in one file. It is kept if the run is older."""
+    """Write curves.png, and report.html: table, curves and traces in one file. Both are kept if the
+    run is older.
+    """
     files = [*out.glob("grpo/metrics.csv"), *out.glob("results.json"), *out.glob("report.html")]
     if max(files, key=lambda path: path.stat().st_mtime, default=out).name == "report.html":
         return
+    draw_curves(out)
     facts = {"run": str(out), "columns": tables.SCORES | tables.BY_SET, "meanings": tables.ROWS,
              "results": [read_json(path) for path in out.glob("results.json")], "panels": []}
     for stage, title, *names in PANELS:

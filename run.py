@@ -50,17 +50,24 @@ def pick_device() -> str:
     return chosen["device"]
 
 
+def half_supported(kind: str) -> bool:
+    """Whether this kind of device computes in bfloat16, without emulation."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def half_precision(device: str):
     """bfloat16 autocast, unless --precision forbids it; model.py keeps sums in float32."""
     kind = torch.device(device).type
     half = chosen["precision"] == "bfloat16"
     if chosen["precision"] == "auto":
-        half = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        half = half_supported(kind)
     return torch.autocast(kind, torch.bfloat16) if half else nullcontext()
 
 
 def set_up(config: Config, checkpoint: bool = False) -> None:
-    """Set threads, device and precision of this process. checkpoint: not for the miniature."""
+    """Set threads, device and precision of this process. checkpoint: "auto" selects the GPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if not available.get(config.device, True):

@@ -91,15 +91,16 @@ def result_rows(a: Path, b: Path) -> list[dict[str, str]]:
 
 
 def last_scores(run: Path) -> dict[str, float | None]:
-    """Of a run without results.json: its last held-out EM, the reward of its last ten steps."""
-    columns = {"heldout_sampled": [], "heldout_greedy": [], "reward": []}
+    """Of a run without results.json: its last held-out EM, means of the last ten steps. Rewards
+    with other weights can't be compared, but their parts can."""
+    columns = {"heldout_sampled": [], "heldout_greedy": [], "em": [], "consistency": []}
     text = read_file(run / "grpo" / "metrics.csv").decode("utf-8", "replace")
     for row in csv.DictReader(text.splitlines()):
         for name, values in columns.items():
             if row.get(name):
                 values.append(float(row[name]))
-    rewards = columns["reward"][-10:]
-    last = {name: values[-1] if values else None for name, values in columns.items()}
-    return {"held-out EM, sampled": last["heldout_sampled"],
-            "held-out EM, greedy": last["heldout_greedy"],
-            "reward, last ten steps": sum(rewards) / len(rewards) if rewards else None}
+    scores = {"held-out EM, sampled": columns["heldout_sampled"][-1:],
+              "held-out EM, greedy": columns["heldout_greedy"][-1:],
+              "EM, last ten steps": columns["em"][-10:],
+              "consistency, last ten steps": columns["consistency"][-10:]}
+    return {name: sum(part) / len(part) if part else None for name, part in scores.items()}

@@ -33,10 +33,11 @@ class Config:
     out: str = option("run", "run folder")
     seed: int = option(0, "seed of the world and of everything random", least=0)
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
-    device: str = option("auto", "auto: the CPU for the miniature, the GPU, if there is one, for "
-                         "a checkpoint", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "auto: bfloat16 where the device computes in it, with sums in "
-                            "float32", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", "auto: the CPU for the miniature; for a checkpoint the GPU, if "
+                         "there is one", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "precision of training and of a checkpoint's weights on a GPU; "
+                            "auto: bfloat16 where the device computes in it; the miniature samples "
+                            "in float32", choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
         validate(self)

@@ -55,7 +55,9 @@ def run_or_miniature(out: str) -> str:
 
 
 def check_question(out: str, world: World, text: str) -> None:
-    """InputError if a run was trained on its world alone, and the question has other words."""
+    """InputError if the question has words that the run's world lacks. A run that was trained on
+    files accepts all words.
+    """
     for stage, option in (("sft", "traces"), ("grpo", "data")):
         if read_json(Path(out) / stage / "config.json").get(option):
             return  # it was trained on files, so it may know other words

@@ -5,7 +5,7 @@ SCORES = {
     "em_sampled": ("sampled EM",
                    "share of answers exactly right, each token drawn at temperature 1"),
     "bar": ("0      1", "sampled EM as a bar"),
-    "em_greedy": ("greedy EM", "the same with the likeliest token each time, without chance"),
+    "em_greedy": ("greedy EM", "share of answers exactly right, the likeliest token each time"),
     "clean_turns": ("clean turns",
                     "share of turns in the strict form: thought, then calls or answer"),
     "valid_calls": ("valid calls", "share of calls that name a tool and fit its parameters"),
@@ -32,8 +32,8 @@ ROWS = {
 SIMULATOR = {
     "ToolMaker valid": "share of questions whose tools were valid at once",
     "ToolMaker exact": "share of questions whose tools are the teacher's",
-    "ToolMaker accepted": "share of questions whose tools were valid at last",
-    "ToolMaker regenerated": "share of questions whose tools were valid later",
+    "ToolMaker accepted": "share of questions with valid tools, at any try",
+    "ToolMaker regenerated": "share of questions with valid tools at a later try",
     "ToolMaker fallback": "share of questions with one general tool instead",
     "ToolActor recall": "share of the world's facts that it gives",
     "ToolActor fidelity": "share of its results in row grpo that are true"}

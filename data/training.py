@@ -135,6 +135,11 @@ def world_seed(out: str) -> int:
     return seed
 
 
+def is_checkpoint(out: str) -> bool:
+    """Whether stage 1 of a run started from a checkpoint, not from random weights."""
+    return bool(read_json(Path(out) / "sft" / "config.json").get("model"))
+
+
 def read_all(files: tuple, skip_bad: bool) -> list[Item]:
     """The questions of several files, with ids that are unique over all of them."""
     items = []

@@ -44,6 +44,7 @@ def copy_run(run: Path, to: Path) -> None:
     if (run / "results.json").exists():
         shutil.copy(run / "results.json", to)
     else:
+        (to / "results.json").unlink(missing_ok=True)
         print(f"{run} has no results.json: the run is not finished")
 
 
@@ -242,7 +243,7 @@ class Picture:
 def legend(picture: Picture) -> None:
     """Show an own and a given token, and say what they are."""
     for name, color, box, meaning in (
-            ("own", "own", "box", "written by the model; the loss counts it (mask 1)"),
+            ("own", "own", "box", "written by the model (mask 1: in training, the loss counts it)"),
             ("given", "given", "", "given to the model; the loss ignores it (mask 0)")):
         picture.tokens(LEFT, [name], color, box)
         picture.text(LEFT + 72, picture.y + 19, meaning, color)
@@ -331,7 +332,6 @@ def draw_group(picture: Picture, run: dict) -> str:
     group = run["group"]
     rewards = [t["rewards"]["reward"] for t in group]
     mean = sum(rewards) / len(rewards)
-    std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
     picture.text(LEFT, picture.y + 14, f"{len(group)} traces of one training question",
                  font_weight="bold", font_size=22)
     picture.y += 46
@@ -366,9 +366,8 @@ def draw_group(picture: Picture, run: dict) -> str:
     picture.text(zero - 12, picture.y + 36, "less likely", "two", text_anchor="end")
     picture.text(zero + 12, picture.y + 36, "more likely", "one")
     picture.y += 76
-    picture.text(LEFT, picture.y, f"mean reward {mean:.3f}, standard deviation {std:.3f}")
-    picture.text(LEFT, picture.y + 30, "advantage = (reward − mean) / standard deviation")
-    picture.y += 44
+    picture.text(LEFT, picture.y, f"mean reward {mean:.3f}; advantage = reward − mean")
+    picture.y += 14
     return "A group of traces: rewards and advantages"
 
 
@@ -394,7 +393,7 @@ def draw_curve(picture: Picture, run: dict) -> str:
     picture.y += 54
     most = math.ceil(max(value for _, value in series["calls"]))
     panel(picture, 130, steps, list(range(most + 1)), [(series["calls"], "one")])
-    picture.text(WIDTH / 2, picture.y + 20, "number of GRPO updates", text_anchor="middle")
+    picture.text(WIDTH / 2, picture.y + 20, "steps of GRPO", text_anchor="middle")
     picture.y += 32
     return "Held-out EM and calls per trace during GRPO"
 

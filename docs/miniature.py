@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import InputError, read_json
+from data import InputError
+from data.folders import whole_folder
 from data.training import choose_questions, world_seed
 from data.world import make_world
 from grpo import GRPOConfig, Simulator, score_heldout
@@ -44,13 +45,14 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise InputError("expected one argument, the folder of a finished run")
     run = Path(sys.argv[1])
-    shutil.rmtree(TARGET, ignore_errors=True)
-    for stage in ("sft", "grpo"):
-        model, tokenizer = load(run / stage / "model", dtype=torch.bfloat16)
-        save_model(model, tokenizer, TARGET / stage / "model")
-        config = read_json(run / stage / "config.json")
-        (TARGET / stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (TARGET / "measured.json").write_text(json.dumps(measure(TARGET), indent=2) + "\n")
+    if run.resolve() == TARGET or world_seed(str(run)) != 0:
+        raise InputError(f"{run}: expected a run of seed 0, because README asks about its world")
+    with whole_folder(TARGET) as part:
+        for stage in ("sft", "grpo"):
+            model, tokenizer = load(run / stage / "model", dtype=torch.bfloat16)
+            save_model(model, tokenizer, part / stage / "model")
+            shutil.copy(run / stage / "config.json", part / stage)
+        (part / "measured.json").write_text(json.dumps(measure(part), indent=2) + "\n")
 
 
 if __name__ == "__main__":

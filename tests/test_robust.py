@@ -378,7 +378,7 @@ WRONG_USES = [  # program, arguments, change to the run folder, what the one lin
     ("grpo", ["--out", "nowhere"], nothing, "nowhere"), ("grpo", ["--no-seed"], nothing, "--no-seed"),
     ("grpo", ["--trace-tokens", "200"], foreign, "not a run"), ("grpo", [], broken("config.json", "{"), "sft/config.json: not JSON"),
     ("grpo", [], broken("config.json", "[]"), "sft/config.json: expected a JSON object"),
-    ("grpo", [], broken("config.json"), "sft/config.json: no such file"),
+    ("grpo", [], broken("config.json"), "run/sft (config.json is missing)"),
     ("grpo", ["--data", "nowhere"], nothing, "nowhere"),
     ("grpo", [], broken("model/config.json"), "model"), ("grpo", [], broken("model/tokenizer.json", "{}"), "tokenizer.json"),
     ("grpo", [], broken("model/model.safetensors", cut=999), "model.safetensors"),

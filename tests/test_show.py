@@ -179,12 +179,12 @@ def test_without_a_number_show_prints_the_tables(out, capsys, monkeypatch):
 
 
 def run_of(folder, options, metrics=(), rows=None):
-    """A run with these options of stage 2, rows (heldout_sampled, heldout_greedy, reward), results."""
+    """A run with these options of stage 2, rows (heldout_sampled, heldout_greedy, em), results. Consistency: twice em."""
     for stage, config in (("sft", {"seed": 0, "steps": 9}), ("grpo", {"seed": 0, "out": str(folder), **options})):
         (folder / stage).mkdir(parents=True)
         (folder / stage / "config.json").write_text(json.dumps(config))
-    table = "".join(",".join(map(str, (i, *row))) + "\n" for i, row in enumerate(metrics))
-    (folder / "grpo" / "metrics.csv").write_text("step,heldout_sampled,heldout_greedy,reward\n" + table)
+    table = "".join(",".join(map(str, (i, *row, 2 * row[-1]))) + "\n" for i, row in enumerate(metrics))
+    (folder / "grpo" / "metrics.csv").write_text("step,heldout_sampled,heldout_greedy,em,consistency\n" + table)
     if rows is not None:
         (folder / "results.json").write_text(json.dumps({"rows": rows}))
     return str(folder)
@@ -218,7 +218,7 @@ def test_the_value_of_an_option(value, text):
 
 
 def test_runs_without_results_are_compared_by_their_metrics(tmp_path, capsys):
-    """The last held-out EM that is there, and the mean reward of the last ten of twelve steps: 2 to 11."""
+    """The last held-out EM that is there, and means of the last ten of twelve steps: 2 to 11. No reward."""
     rows = [("", "", i) for i in range(12)]
     rows[0], rows[8] = (0.125, 0.25, 0), (0.5, 0.75, 8)
     a = run_of(tmp_path / "a", {}, rows)
@@ -226,7 +226,8 @@ def test_runs_without_results_are_compared_by_their_metrics(tmp_path, capsys):
     assert [row.split() for row in compared(capsys, a, b).split("\n\n")[2].splitlines()] == [
         ["score", "A", "B", "B", "-", "A"], ["held-out", "EM,", "sampled", "0.500", "0.250", "-0.250"],
         ["held-out", "EM,", "greedy", "0.750", "1.000", "+0.250"],
-        ["reward,", "last", "ten", "steps", "6.500", "0.500", "-6.000"]]
+        ["EM,", "last", "ten", "steps", "6.500", "0.500", "-6.000"],
+        ["consistency,", "last", "ten", "steps", "13.000", "1.000", "-12.000"]]
     c = run_of(tmp_path / "c", {})
     assert re.findall(r"sampled +0\.500 +- +-\n", compared(capsys, a, c))
 
