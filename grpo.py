@@ -390,7 +390,8 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
     answered = trace.status == "answered"
     answer = trace.answer if answered else ""
     valid = [call for call in trace.calls if call.error is None]
-    clean = [turn for turn in trace.turns if not (turn.error or turn.departures)]
+    whole = [turn for turn in trace.turns if turn.calls or turn.answer is not None]
+    clean = [turn for turn in whole if not (turn.error or turn.departures)]
     support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
     return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
             "grammar": reward_grammar(trace, []) if answered else 0.0, "support": support,
@@ -503,7 +504,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     config = simulator.config
     actor = simulator.actor
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
-    # beta1 is 0.5: with 0.9, old gradients dominate, and the policy overshoots.
+    # With beta1 0.9, old gradients dominate, and the policy overshoots.
     optimizer = make_optimizer(model, config.lr, weight_decay=0.0, momentum=0.5)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
@@ -536,7 +537,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         shown = KEPT * config.group
         run.save_traces(step, traces[:shown], golds[:shown], rewards[:shown])
         if not log["updates"]:
-            bar.write(f"step {step}: no trace has a gradient, because all groups are flat")
+            bar.write(f"step {step}: all groups are flat")
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")

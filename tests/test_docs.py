@@ -14,7 +14,9 @@ from tokenizers import Tokenizer
 import grpo
 import mtr
 import sft
-from data import InputError, options
+from data import InputError, options, own
+from data.training import world_seed
+from data.world import make_world
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = DOCS / "figures.py"
@@ -289,3 +291,39 @@ def test_the_readme_is_short_and_its_map_is_right():
         files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         assert row.split("|")[2].strip().replace(",", "") == str(lines), row
+
+
+# ------------------------------------------------------------------------ the miniature in data/miniature
+
+MINIATURE = ROOT / "data" / "miniature"
+
+
+def test_the_trained_miniature_answers_as_measured():
+    """Both stages load, and their sampled EM on a quarter of the held-out questions is near the value beside them."""
+    measured = json.loads((MINIATURE / "measured.json").read_text(encoding="utf-8"))
+    spec = importlib.util.spec_from_file_location("docs_miniature", DOCS / "miniature.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    again = program.measure(MINIATURE)
+    assert set(again) == {"sft", "grpo"} and again["grpo"] > again["sft"] + 0.25
+    for stage, value in again.items():
+        assert abs(value - measured[stage]) <= 0.1
+        assert (MINIATURE / stage / "model" / "model.safetensors").stat().st_size < 3_000_000
+
+
+def test_without_a_run_the_miniature_answers(tmp_path, monkeypatch, capsys):
+    """Only the default run folder is replaced, and only if it holds no trained agent."""
+    monkeypatch.chdir(tmp_path)
+    assert own.run_or_miniature("elsewhere") == "elsewhere" and not capsys.readouterr().out
+    assert Path(own.run_or_miniature("run")) == MINIATURE
+    assert "no finished run in run" in capsys.readouterr().out
+    (tmp_path / "run" / "grpo" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "grpo" / "model" / "config.json").write_text("{}")
+    assert own.run_or_miniature("run") == "run"
+
+
+def test_the_questions_of_the_readme_are_of_the_miniatures_world():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    asked = [shlex.split(command)[-1] for command in commands(text) if " ask " in command and "--model" not in command]
+    world = make_world(world_seed(str(MINIATURE)))
+    assert asked and not any(own.unknown_words(world, question) for question in asked)

@@ -1089,6 +1089,15 @@ def test_held_out_questions_are_answered_greedily_and_sampled(monkeypatch):
     assert {entry[2:] for entry in seen} == {("another backend", True)}
 
 
+def test_a_clean_turn_is_whole_and_strict():
+    """A turn with a call, one that departs, a malformed one, one that is cut off, and an answer: two of five."""
+    trace = Trace("Who?", status="answered", turns=[
+        Turn(calls=[Call()]), Turn(calls=[Call()], departures=["no thought"]), Turn(error="neither call nor answer"),
+        Turn(), Turn(answer="Al")])
+    scores = grpo.measure(trace, ["Al"])
+    assert (scores["turns"], scores["clean_turns"]) == (5, 2)
+
+
 def write_file(path, first, last):
     """A question file with the questions first to last."""
     rows = [{"question": f"Who is {i}?", "golden_answers": [str(i)]} for i in range(first, last)]
