@@ -653,3 +653,65 @@ def test_the_tables_of_eval_have_80_columns_and_all_fields(capsys):
     assert max(map(len, lines)) <= 80 and {head[0] for head in heads} == {"set"}
     assert sorted(sum([head[1:] for head in heads], [])) == sorted(["rule", *scores])
     assert len([line for line in lines if line.startswith("dev ")]) == 3
+
+
+# --------------------------------------------------------------------------- the commands of the README
+
+
+def commands():
+    """The README's commands that start a program of the top level, in their order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^    .*?python ((?:mtr|sft|grpo)\.py.*)$", text, re.M)
+    return [shlex.split(re.split(r" {3,}", command)[0]) for command in found]
+
+
+def execute(words, monkeypatch):
+    """Run a program in this process."""
+    monkeypatch.setattr(sys, "argv", words)
+    {"mtr.py": mtr, "sft.py": sft, "grpo.py": grpo}[words[0]].main()
+
+
+SMALL = {"grpo.py": ["--steps", "1", "--questions", "2", "--group", "2", "--turn-tokens", "32"]}
+
+
+def test_the_commands_of_the_miniature_run(run, tmp_path, monkeypatch, capsys):
+    """After a toy run, in its folder: each exits without an error and prints something. `python mtr.py` is the run."""
+    shutil.copytree(run[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for words in commands():
+        if "--model" in words or "RUN" in words or len(words) == 1:
+            continue
+        execute([{"8": "1"}.get(word, word) for word in words] + SMALL.get(words[0], []), monkeypatch)
+        assert capsys.readouterr().out.strip(), words
+        ran += 1
+    assert ran >= 5 and (tmp_path / "other" / "grpo" / "model" / "config.json").exists()
+
+
+def test_the_commands_of_a_checkpoint_run(tmp_path, tokenizer, tiny, monkeypatch, capsys):
+    """With a tiny random checkpoint. Stage 0 keeps nothing of what it writes, so its file is replaced by a trace that a
+    script wrote; a --turn-tokens of 8 keeps the turns short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(agents.ToolMaker, "TRIES", 1)
+    save_model(tiny(tokenizer.size + 4, dtype=torch.float32), tokenizer, tmp_path / "qwen")
+    shape = json.loads((tmp_path / "qwen" / "config.json").read_text())
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 8000}))
+    for name in ("TRAIN_FILE", "TEST_FILE"):
+        lines = [json.dumps({"question": f"Who {i}?", "golden_answers": ["x"]}) + "\n" for i in range(20)]
+        (tmp_path / name).write_text("".join(lines))
+    turns = [{"thought": "t", "answer": "x"}]
+    record = {"role": "agent", "question": "Who?", "kind": "composition", "tools": [], "turns": turns}
+    more = {"ask": ["--turn-tokens", "8"], "traces": ["--turn-tokens", "8", "--samples", "1"],
+            "eval": ["--turn-tokens", "8"], "sft.py": ["--steps", "1"],
+            "grpo.py": [*SMALL["grpo.py"][:-1], "8"]}
+    ran = []
+    for words in commands():
+        if "qwen" not in words and "RUN" not in words:
+            continue
+        name = words[1] if words[0] == "mtr.py" else words[0]
+        execute(words + more[name], monkeypatch)
+        assert capsys.readouterr().out.strip(), words
+        if name == "traces":
+            Path("traces.jsonl").write_text(json.dumps({"conversations": [record]}) + "\n")
+        ran.append(name)
+    assert ran == ["ask", "traces", "sft.py", "grpo.py", "eval"]
