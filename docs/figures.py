@@ -19,8 +19,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 DOCS = Path(__file__).resolve().parent
-COLUMNS = {"sft": ["step", "loss_agent", "loss_maker", "loss_actor"],
-           "grpo": ["step", "calls", "heldout_greedy", "heldout_sampled"]}
+COLUMNS = {"grpo": ["step", "calls", "heldout_greedy", "heldout_sampled"]}
 
 # ------------------------------------------------------------------------------ the files of a run
 
@@ -41,11 +40,6 @@ def copy_run(run: Path, to: Path) -> None:
                   for row in read_table(run / stage / "metrics.csv")]
         (to / f"{stage}.csv").write_text("\n".join(lines) + "\n", newline="\n")
     shutil.copy(run / "sft" / "model" / "tokenizer.json", to)
-    if (run / "results.json").exists():
-        shutil.copy(run / "results.json", to)
-    else:
-        (to / "results.json").unlink(missing_ok=True)
-        print(f"{run} has no results.json: the run is not finished")
 
 
 def choose_story(traces: list[dict]) -> list[dict]:
