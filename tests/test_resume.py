@@ -117,7 +117,7 @@ def test_killed_and_resumed_is_as_if_never_killed(stage, whole, tmp_path):
     timeline = times[stage]
     print(f"{stage}: {timeline[-1][3] - timeline[0][2]:.1f} s in the run that was not killed")
     # Stage 2 is also killed in its last evaluation, between its last checkpoint and its model.
-    ends = [f"evaluation {STEPS[stage] - 1} 0"] if stage == "grpo" else []
+    ends = [f"evaluation {STEPS[stage]} 0"] if stage == "grpo" else []
     for moment in moments(timeline, *QUOTAS[stage], random.Random(f"kills {stage}")) + ends:
         done = start(stage, out, *["--resume"] * (out / stage).exists(), die=moment)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]

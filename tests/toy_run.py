@@ -51,10 +51,11 @@ def watch(owner: object, name: str, phase: str) -> None:
     setattr(owner, name, watched)
 
 
-def follow(run, real, *args, **more):
-    """Run.steps, and keep the number of the current step."""
-    for now["step"] in real(run, *args, **more):
+def follow(run, real, total, *args, **more):
+    """Run.steps, and keep the number of the current step; after the last one, the number of steps."""
+    for now["step"] in real(run, total, *args, **more):
         yield now["step"]
+    now["step"] = total
 
 
 def always_call(text: str, plain_answer: bool = False) -> agents.Turn:
