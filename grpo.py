@@ -541,7 +541,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
-        bar.set_postfix(reward=f"{row['reward']:.3f}", em=f"{row['em']:.3f}", refresh=False)
+        bar.set_postfix(reward=f"{row['reward']:.3f}", train_em=f"{row['em']:.3f}", refresh=False)
     last = evaluate_heldout(simulator, agent, held_out, run, config.steps)
     run.log({"step": config.steps, **last})
 

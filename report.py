@@ -54,7 +54,7 @@ def show_run(folder: str) -> None:
         print(f"{name:<21}  {value:.3f}  {tables.SIMULATOR[name]}")
     print("seconds: " + ", ".join(f"{name} {s}" for name, s in results["seconds"].items()))
     say((out / "story.txt").read_text(encoding="utf-8"))
-    print(f"{out}/ also holds report.html, curves.png, traces.jsonl and the models\n"
+    print(f"{out}/ also holds report.html, curves.png, grpo/traces.jsonl, the models\n"
           f'your own question: {ask_command(folder, results["seed"])} "..."')
 
 

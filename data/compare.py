@@ -99,8 +99,8 @@ def last_scores(run: Path) -> dict[str, float | None]:
         for name, values in columns.items():
             if row.get(name):
                 values.append(float(row[name]))
-    scores = {"held-out EM, sampled": columns["heldout_sampled"][-1:],
-              "held-out EM, greedy": columns["heldout_greedy"][-1:],
-              "EM, last ten steps": columns["em"][-10:],
+    scores = {"EM of a held-out quarter, sampled": columns["heldout_sampled"][-1:],
+              "EM of a held-out quarter, greedy": columns["heldout_greedy"][-1:],
+              "training EM, last ten steps": columns["em"][-10:],
               "consistency, last ten steps": columns["consistency"][-10:]}
     return {name: sum(part) / len(part) if part else None for name, part in scores.items()}

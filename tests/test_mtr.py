@@ -685,7 +685,7 @@ def test_the_commands_of_the_miniature_run(run, tmp_path, monkeypatch, capsys):
         execute([{"8": "1"}.get(word, word) for word in words] + SMALL.get(words[0], []), monkeypatch)
         assert capsys.readouterr().out.strip(), words
         ran += 1
-    assert ran >= 5 and (tmp_path / "other" / "grpo" / "model" / "config.json").exists()
+    assert ran >= 5 and (tmp_path / "runs" / "b" / "grpo" / "model" / "config.json").exists()
 
 
 def test_the_commands_of_a_checkpoint_run(tmp_path, tokenizer, tiny, monkeypatch, capsys):

@@ -224,9 +224,9 @@ def test_runs_without_results_are_compared_by_their_metrics(tmp_path, capsys):
     a = run_of(tmp_path / "a", {}, rows)
     b = run_of(tmp_path / "b", {}, [(0.25, 1.0, 0.5)], rows=[])
     assert [row.split() for row in compared(capsys, a, b).split("\n\n")[2].splitlines()] == [
-        ["score", "A", "B", "B", "-", "A"], ["held-out", "EM,", "sampled", "0.500", "0.250", "-0.250"],
-        ["held-out", "EM,", "greedy", "0.750", "1.000", "+0.250"],
-        ["EM,", "last", "ten", "steps", "6.500", "0.500", "-6.000"],
+        ["score", "A", "B", "B", "-", "A"], ["EM", "of", "a", "held-out", "quarter,", "sampled", "0.500", "0.250", "-0.250"],
+        ["EM", "of", "a", "held-out", "quarter,", "greedy", "0.750", "1.000", "+0.250"],
+        ["training", "EM,", "last", "ten", "steps", "6.500", "0.500", "-6.000"],
         ["consistency,", "last", "ten", "steps", "13.000", "1.000", "-12.000"]]
     c = run_of(tmp_path / "c", {})
     assert re.findall(r"sampled +0\.500 +- +-\n", compared(capsys, a, c))
