@@ -55,7 +55,7 @@ class RunConfig(Config):
 
 @dataclass
 class AskConfig(AgentConfig):
-    """The options of mtr.py ask. AgentConfig adds --model, --temperature, --seed and limits."""
+    """The options of mtr.py ask. AgentConfig adds --model, --temperature, --samples, limits."""
     tools: str = option("", "your own tools in place of the ToolMaker's: JSON or Python")
     stage: str = option("grpo", "whose model is AutoAgent", choices=("sft", "grpo"))
     question: str = option("", 'for example "Who is the mayor of the birthplace of Borox?"',

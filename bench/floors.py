@@ -28,8 +28,7 @@ import mtr
 import run as run_file
 import sft
 from agents import AutoAgent, ToolActor, ToolMaker
-from data import options as options_file
-from data.options import Config
+from data.options import Config, Parser, add_options
 from data.tokenizer import Tokenizer
 from model import Sampler, Transformer
 from run import pick_device, set_up
@@ -160,8 +159,7 @@ class Clock:
 
 def profile_run(config: mtr.RunConfig) -> None:
     """Run mtr.run_all and print its table. A path is stage / role / operation."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_up(config)
     device = pick_device()
     clock = Clock(*machine(device, [torch.float32, torch.bfloat16]))
     clock.weigh()
@@ -231,10 +229,9 @@ def time_engine(model: Transformer, rows: int, group: int, prompt: int, tokens: 
 
 def main() -> None:
     """python bench/floors.py run | step"""
-    parser = options_file.Parser(description=__doc__,
-                             formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=options_file.Parser)
-    options_file.add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
     step = commands.add_parser("step", help="the rollout engine alone")
     step.add_argument("--shape", choices=SHAPES, default="miniature")
     step.add_argument("--rows", type=int, nargs="+", default=[64],

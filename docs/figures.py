@@ -19,13 +19,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 DOCS = Path(__file__).resolve().parent
-COLUMNS = {"grpo": ["step", "calls", "heldout_greedy", "heldout_sampled"]}
+CURVES = ["calls", "heldout_greedy", "heldout_sampled"]  # columns of grpo/metrics.csv
 
 # ------------------------------------------------------------------------------ the files of a run
 
 
 def copy_run(run: Path, to: Path) -> None:
-    """Copy the files that the figures and the pages are made of."""
+    """Copy the files that the figures are made of."""
     to.mkdir(parents=True, exist_ok=True)
     traces = read_lines(run / "grpo" / "traces.jsonl")
     write_lines(to / "story.jsonl", choose_story(traces))
@@ -34,11 +34,11 @@ def copy_run(run: Path, to: Path) -> None:
         for name in ("ids", "mask", "logprobs", "old"):
             del trace[name]
     write_lines(to / "group.jsonl", group)
-    for stage, columns in COLUMNS.items():
-        lines = [",".join(columns)]
-        lines += [",".join(row[name] for name in columns)
-                  for row in read_table(run / stage / "metrics.csv")]
-        (to / f"{stage}.csv").write_text("\n".join(lines) + "\n", newline="\n")
+    columns = ["step", *CURVES]
+    lines = [",".join(columns)]
+    for row in read_table(run / "grpo" / "metrics.csv"):
+        lines.append(",".join(row[name] for name in columns))
+    (to / "grpo.csv").write_text("\n".join(lines) + "\n", newline="\n")
     shutil.copy(run / "sft" / "model" / "tokenizer.json", to)
 
 
@@ -366,10 +366,10 @@ def draw_group(picture: Picture, run: dict) -> str:
 
 
 def draw_curve(picture: Picture, run: dict) -> str:
-    """Held-out EM and calls per trace against the number of updates."""
+    """Held-out EM and calls per trace against the steps of GRPO."""
     table = run["grpo"]
     series = {}
-    for name in COLUMNS["grpo"][1:]:
+    for name in CURVES:
         series[name] = [(int(row["step"]), float(row[name])) for row in table if row[name]]
     steps = max(int(row["step"]) for row in table)
     picture.text(LEFT, picture.y + 14, "Held-out questions answered right (exact match)",

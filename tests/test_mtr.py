@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_docs import commands
 
 import agents
 import evaluate
@@ -658,11 +659,10 @@ def test_the_tables_of_eval_have_80_columns_and_all_fields(capsys):
 # --------------------------------------------------------------------------- the commands of the README
 
 
-def commands():
-    """The README's commands that start a program of the top level, in their order."""
+def readme_commands():
+    """The words of the README's commands that start a program of the top level, in their order."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^    .*?python ((?:mtr|sft|grpo)\.py.*)$", text, re.M)
-    return [shlex.split(re.split(r" {3,}", command)[0]) for command in found]
+    return [shlex.split(command)[1:] for command in commands(text)]
 
 
 def execute(words, monkeypatch):
@@ -679,7 +679,7 @@ def test_the_commands_of_the_miniature_run(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run[0], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     ran = 0
-    for words in commands():
+    for words in readme_commands():
         if "--model" in words or "RUN" in words or len(words) == 1:
             continue
         execute([{"8": "1"}.get(word, word) for word in words] + SMALL.get(words[0], []), monkeypatch)
@@ -705,7 +705,7 @@ def test_the_commands_of_a_checkpoint_run(tmp_path, tokenizer, tiny, monkeypatch
             "eval": ["--turn-tokens", "8"], "sft.py": ["--steps", "1"],
             "grpo.py": [*SMALL["grpo.py"][:-1], "8"]}
     ran = []
-    for words in commands():
+    for words in readme_commands():
         if "qwen" not in words and "RUN" not in words:
             continue
         name = words[1] if words[0] == "mtr.py" else words[0]
