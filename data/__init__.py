@@ -8,10 +8,18 @@ class InputError(ValueError):
     """A user's mistake. One line names the culprit and what was expected; programs exit with 2."""
 
 
+piped: dict[str, bytes] = {}  # a pipe, such as <(zcat a.gz), can be read only once
+
+
 def read_file(path: Path) -> bytes:
     """The content of a file. InputError if it is missing or not readable."""
+    if str(path) in piped:
+        return piped[str(path)]
     try:
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
+        if Path(path).is_fifo():
+            piped[str(path)] = content
+        return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
@@ -33,12 +41,15 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
 
 
 def fingerprint(*paths: Path) -> str:
-    """SHA-256 of the contents of files. A folder counts by its weights."""
+    """SHA-256 of the contents of files. A folder counts by its weights, config and tokenizer."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        for part in parts:
-            with open(part, "rb") as file:
+        if not path.is_dir():
+            digest.update(hashlib.sha256(read_file(path)).digest())
+            continue
+        parts = [*path.glob("*.safetensors"), *path.glob("*config.json"), *path.glob("token*.json")]
+        for part in sorted(set(parts)):
+            with open(part, "rb") as file:  # weights may be larger than the memory
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
