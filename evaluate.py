@@ -16,12 +16,12 @@ import data.tools
 import data.training
 from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
+from data.folders import lock, trained_by
 from data.options import Config, option
 from data.read import Item, read_questions, write_predictions, write_questions
-from data.score import interval, majority, means
+from data.results import majority, maker_shares, result_row
 from data.training import SETTINGS, read_all, read_done, to_records, why_not, world_seed
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
-from data.world import tools_for as teachers_tools
 from grpo import GRPOConfig, Simulator, measure, score_heldout
 from model import ModelConfig, Transformer, load
 from run import half_supported, pick_device, set_up
@@ -66,9 +66,10 @@ def all_rows(out: Path, config: GRPOConfig, few: bool = False, controls: bool = 
         rows.append({"row": name, **row})
     if controls:
         rows.insert(5, majority(questions, held_out))  # before the other controls
-    results = {"seed": config.seed, "actor_recall": actor_recall(simulator, world),
+    results = {"seed": config.seed, "trained_by": trained_by(out),
+               "actor_recall": actor_recall(simulator, world),
                "actor_fidelity": actor_fidelity(traces["grpo"]["sampled"], world),
-               "maker": maker_shares(simulator, held_out), "rows": rows}
+               "maker": maker_shares(simulator.boxes, held_out), "rows": rows}
     return results, held_out, traces
 
 
@@ -88,21 +89,6 @@ def actor_fidelity(traces: list[Trace], world: World) -> float:
         if call.error is None and call.name in RELATIONS:
             true.append(call.observation == world.real(call.name, call.arguments))
     return sum(true) / max(1, len(true))
-
-
-def maker_shares(simulator: Simulator, questions: list[Question]) -> dict[str, float]:
-    """Shares of the questions by the fate of their tools. `exact`: they are the teacher's."""
-    boxes = [simulator.boxes[q.id] for q in questions]
-    exact = 0
-    for box, q in zip(boxes, questions, strict=True):
-        made = [json.loads(tool.definition) for tool in box.made]
-        if box.tries > 0 and box.kind == q.kind and made == teachers_tools(q):
-            exact += 1
-    counts = {"valid": sum(box.tries == 1 for box in boxes), "exact": exact,
-              "accepted": sum(box.tries > 0 for box in boxes),
-              "regenerated": sum(box.tries > 1 for box in boxes),
-              "fallback": sum(box.tries == 0 for box in boxes)}
-    return {name: count / len(boxes) for name, count in counts.items()}
 
 
 # ---------------------------------------------------------------------------- options and models
@@ -186,9 +172,6 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stag
         most = ModelConfig.read(folder).max_position_embeddings
         limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], most)}
         limits = {name: getattr(config, name) or limit for name, limit in limits.items()}
-        if limits["trace_tokens"] > most:
-            raise InputError(f"trace_tokens: {limits['trace_tokens']}, but the checkpoint in "
-                             f"{folder} is made for {most}")
         simulator = Simulator(folder, replace(config, **limits), True, rows, dtype)
         return simulator, simulator.model, None
     out = Path(config.out)
@@ -226,6 +209,10 @@ class Players:
         real = config.backend == "real"
         if real and config.model and not self.own:
             raise InputError("backend: --model has no world to answer; give --real-tools FILE")
+        for tool in self.own:
+            if real and not tool.run:
+                raise InputError(f"backend: {tool.name} of {config.real_tools} has no code; give a "
+                                 "Python file, or leave out --backend real")
         self.simulator, self.policy, self.world = open_models(config, config.rows, config.grounded)
         self.backend = self.simulator.actor.answer
         if real and self.world:
@@ -272,6 +259,13 @@ class Players:
         return list((tools | {tool.name: tool for tool in self.own}).values())
 
 
+def need_paragraphs(items: list[Item]) -> None:
+    """InputError names a question without paragraphs, which can't be grounded."""
+    for item in items:
+        if not item.paragraphs:
+            raise InputError(f"grounded: question {item.id} of {item.set} has no paragraphs")
+
+
 def evaluate_files(config: EvalConfig) -> list[dict]:
     """A row of scores for each question file, or for each held-out set of a run.
 
@@ -288,6 +282,8 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     names = [items[0].set for items, _ in read]
     if len(set(names)) < len(names):
         raise InputError("data: two files have the same name; rename one")
+    if config.grounded:
+        need_paragraphs(chain(*[items for items, _ in read]))
     players = Players(config)
     if not config.data:
         held_out = [q for q in make_questions(players.world) if q.set in HELD_OUT]
@@ -318,16 +314,6 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     return rows
 
 
-def result_row(lines: list[dict], samples: int) -> dict:
-    """EM and F1 with 95 % intervals over the questions, and the means of the other scores."""
-    row = {"n": len(lines) // samples, "samples": samples}
-    for name in ("em", "f1"):
-        scores = np.array([line[name] for line in lines]).reshape(-1, samples).mean(1)
-        low, high = interval(scores)
-        row |= {name: float(scores.mean()), f"{name}_low": low, f"{name}_high": high}
-    return row | means(lines)
-
-
 # --------------------------------------------------------------------------------------- stage 0
 
 
@@ -338,12 +324,15 @@ def make_traces(config: TracesConfig) -> Counter:
     holds are not made again.
     """
     items = read_all(config.data, config.skip_bad)
+    if config.grounded:
+        need_paragraphs(items)
     path = Path(config.out)
     players = Players(config)
     settings = asdict(players.simulator.config)
     settings = {name: settings[name] for name in SETTINGS}
     own_tools = [config.real_tools] if config.real_tools else []
     settings["sources"] = fingerprint(config.model, *config.data, *own_tools)
+    lock(path)
     done = read_done(path, settings)
     why = Counter(done.values())
     pairs = product(items, range(config.samples))

@@ -49,7 +49,8 @@ from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_
 from data.folders import stage1_model
 from data.options import Config, command_line, option
 from data.prompts import LONG
-from data.score import by_set, exact_match, f1, means, normalize
+from data.results import by_set, counts, means
+from data.score import exact_match, f1, normalize
 from data.training import choose_questions, is_checkpoint, world_seed
 from data.words import content, names, tokens
 from data.world import Question, make_world
@@ -324,13 +325,16 @@ class Simulator:
         self.config = config
         self.model, self.tokenizer = load(folder, pick_device(), dtype)
         self.model.requires_grad_(False)
+        most = self.model.config.max_position_embeddings
+        if config.trace_tokens > most:
+            raise InputError(f"trace_tokens: {config.trace_tokens}, but the model in {folder} is "
+                             f"made for {most}")
         maker_tokens = 480  # the longest replies of the miniature
         actor_tokens = 64
         slots = 160 + maker_tokens  # 160: its longest prompt
         if long_prompts or self.tokenizer.prompts is LONG:
             maker_tokens = actor_tokens = max(480, config.turn_tokens)
-            slots = min(self.model.config.max_position_embeddings,
-                        config.trace_tokens + maker_tokens)
+            slots = min(most, config.trace_tokens + maker_tokens)
         sampler = Sampler(self.model, self.tokenizer, rows, slots)
         self.maker = ToolMaker(sampler, maker_tokens)
         self.actor = ToolActor(sampler, actor_tokens)
@@ -389,14 +393,10 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
     """
     answered = trace.status == "answered"
     answer = trace.answer if answered else ""
-    valid = [call for call in trace.calls if call.error is None]
-    whole = [turn for turn in trace.turns if turn.calls or turn.answer is not None]
-    clean = [turn for turn in whole if not (turn.error or turn.departures)]
     support = reward_support(trace, collect_evidence(trace)) if answered else 0.0
     return {"em": exact_match(answer, golds), "f1": f1(answer, golds, rule),
             "grammar": reward_grammar(trace, []) if answered else 0.0, "support": support,
-            "calls": len(trace.calls), "valid_calls": len(valid), "length": sum(trace.mask),
-            "turns": len(trace.turns), "clean_turns": len(clean)}
+            **counts(trace)}
 
 
 # ------------------------------------------------------------------------------------------ update
@@ -536,8 +536,6 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         run.log(row)
         shown = KEPT * config.group
         run.save_traces(step, traces[:shown], golds[:shown], rewards[:shown])
-        if not log["updates"]:
-            bar.write(f"step {step}: all groups are flat")
         if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
             bar.write(f"step {step}: log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")

@@ -9,7 +9,7 @@ K kv-heads, Dh head size, V vocabulary.
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import InputError, read_json
+from data import InputError
+from data.checkpoint import read_config, weight_files
 from data.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------ config
-
-# If config.json has one of these keys, its value must be this one. There is no code for others.
-SUPPORTED = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False,
-             "rope_scaling": None, "rope_type": "default"}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -49,33 +45,8 @@ class ModelConfig:
 
     @staticmethod
     def read(folder: Path) -> "ModelConfig":
-        """Read config.json. InputError names a missing key, bad value or unsupported feature."""
-        path = Path(folder) / "config.json"
-        raw = read_json(path)
-        rope = raw.get("rope_parameters") or {}  # newer files keep rope_theta there
-        if not isinstance(rope, dict):
-            raise InputError(f"{path}: rope_parameters should be an object, found {rope!r}")
-        raw = {**rope, **raw}
-        for key, want in SUPPORTED.items():
-            if raw.get(key, want) != want:
-                raise InputError(f"{path}: {key} is {raw[key]!r}, only {want!r} is supported")
-        for f in fields(ModelConfig):
-            value = raw.get(f.name)
-            # The exact type, because True is an int. An int may stand for a float.
-            typed = type(value) is f.type or (f.type is float and type(value) is int)
-            if not typed or (f.type is not bool and not 0 < value < 1e12):
-                want = {bool: "true or false", int: "a whole number above 0"}
-                expected = want.get(f.type, "a number above 0")
-                raise InputError(f"{path}: {f.name} should be {expected}, found {value!r}")
-        config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
-        D = config.hidden_size
-        H = config.num_attention_heads
-        K = config.num_key_value_heads
-        if D % (2 * H) or H % K or config.num_hidden_layers > 1000:
-            raise InputError(f"{path}: hidden_size {D} should be a multiple of 2 x "
-                             f"num_attention_heads {H}, which should be a multiple of "
-                             f"num_key_value_heads {K}; and at most 1000 layers are possible")
-        return config
+        """Read config.json. InputError names what is missing, bad or not supported."""
+        return ModelConfig(**read_config(folder, {f.name: f.type for f in fields(ModelConfig)}))
 
 
 # ------------------------------------------------------------------------------------- transformer
@@ -217,7 +188,13 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.untie()
+
+    def untie(self) -> None:
+        """Give the output head its own weights. A merged LoRA may store one beside tied embeddings.
+        """
+        self.config = replace(self.config, tie_word_embeddings=False)
+        self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -571,10 +548,14 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
     with torch.device("meta"):  # shapes only, no memory
         model = Transformer(config, known_ids=tokenizer.size)
     missing = {name: weight.shape for name, weight in model.named_parameters()}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         _load_file(file, model, missing, device, dtype)
     if missing:
         raise InputError(f"{folder}: no tensor {next(iter(missing))} ({len(missing)} missing)")
+    stored = config.tie_word_embeddings and not model.config.tie_word_embeddings
+    if stored and torch.equal(model.lm_head.weight, model.model["embed_tokens"].weight):
+        del model.lm_head  # it is tied, although it was stored
+        model.config = config
     return model.eval(), tokenizer
 
 
@@ -584,8 +565,9 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             names = tensors.keys()
-            if model.config.tie_word_embeddings:  # some writers store the tied head too: skip it
-                names = [name for name in names if name != "lm_head.weight"]
+            if "lm_head.weight" in names and model.config.tie_word_embeddings:
+                model.untie()
+                missing["lm_head.weight"] = model.lm_head.weight.shape
 
             def read(name: str) -> None:
                 stored = tensors.get_tensor(name)
@@ -607,17 +589,6 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
                 list(pool.map(read, names))  # list() raises the errors of the threads
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error})") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or model.safetensors. Other files are never opened."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(f"{index}: no 'weight_map' from tensors to files")
-    return [folder / file for file in sorted(set(weight_map.values()))]
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:

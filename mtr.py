@@ -20,8 +20,9 @@ from pathlib import Path
 
 import evaluate
 from agents import AutoAgent, Trace, run_episodes
-from data import InputError, read_json
+from data import InputError
 from data.compare import CompareConfig, compare
+from data.folders import lock, read_results
 from data.options import Config, Parser, add_options, option
 from data.own import check_question, run_or_miniature, show_answers, show_end, show_tools
 from data.show import ShowConfig
@@ -70,13 +71,12 @@ def run_all(config: RunConfig) -> None:
     first = SFTConfig(**shared, **options["sft"])
     second = GRPOConfig(**shared, **options["grpo"])
     out = Path(config.out)
-    results = out / "results.json"
-    old = read_json(results) if config.resume and results.exists() else {}
-    finished = len(old.get("rows", [])) > (5 if config.controls else 0)  # 5: without the controls
     parts = 4 if config.controls else 3
     if not config.resume and (out / "grpo").exists():  # refused now, not after SFT
         raise InputError(f"{out}: holds a run; continue it with --resume, or choose another --out")
-    before = old.get("seconds", {})  # of a finished run that gets controls
+    lock(out / "lock")  # until the evaluation is written
+    # Those of a finished run that gets controls.
+    before = read_results(out).get("seconds", {}) if config.resume else {}
     seconds = {stage: before[stage] for stage in ("sft", "grpo") if stage in before}
 
     def timed(stage: str, function, *args, **more):
@@ -94,7 +94,9 @@ def run_all(config: RunConfig) -> None:
     if config.controls:
         say(f"3/4  the control: {first.continued_steps} more steps of SFT in place of GRPO")
         timed("sft_continued", train_sft, first, continued=True)
-    if not finished:
+    enough = 5 if config.controls else 0  # 5 rows without the controls
+    results = read_results(out) if config.resume else {}
+    if len(results.get("rows", [])) <= enough:
         say(f"{parts}/{parts}  evaluation on held-out questions")
         new, *answered = timed("evaluation", all_rows, out, second, config.toy, config.controls)
         new["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}

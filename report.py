@@ -2,13 +2,15 @@
 import csv
 import json
 import math
+import os
 import shlex
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from data import InputError, read_json, tables
+from data import InputError, tables
+from data.folders import read_results
 from data.page import page_json
 from data.score import exact_match
 from data.show import ShowConfig, show_traces
@@ -33,12 +35,12 @@ def show_run(folder: str) -> None:
     out = Path(folder)
     if (out / "grpo" / "config.json").exists():
         write_page(out)
-    if not (out / "results.json").exists():
+    results = read_results(out)
+    if not results:
+        missing = "results.json is missing, or older than the models"
         if (out / "report.html").exists():
-            return say(f"curves and traces: {out}/report.html; no table: results.json is missing")
-        raise InputError(f"--out: no finished run in {out} (results.json is missing); "
-                         "python mtr.py makes one")
-    results = read_json(out / "results.json")
+            return say(f"curves and traces: {out}/report.html; no table: {missing}")
+        raise InputError(f"--out: no finished run in {out} ({missing}); python mtr.py makes one")
     rows = []
     for row in results["rows"]:
         bar = "#" * round(8 * row["em_sampled"])
@@ -61,7 +63,7 @@ def show_run(folder: str) -> None:
 def show_evaluation(rows: list[dict]) -> None:
     """Print the rows of an evaluation and who answered. Each table fits 80 columns."""
     for names in (("n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high"),
-                  ("grammar", "clean_turns", "valid_calls", "support"),
+                  ("grammar", "clean_turns", "valid_calls", "failed_calls", "support"),
                   ("rule", "calls", "length", "seconds", "bad")):
         print_table(rows, {name: name for name in ("set", *names)})
         print()
@@ -135,10 +137,10 @@ def curve(path: Path, name: str) -> tuple[list[int], list[float]]:
 
 def draw_curves(out: Path) -> None:
     """Write curves.png: held-out EM, calls and reward of stage 2, and the loss of stage 1."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, (stage, title, *names) in zip(axes.flat, PANELS, strict=True):
         for name in names:
             steps, values = curve(out / stage / "metrics.csv", name)
@@ -150,22 +152,27 @@ def draw_curves(out: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
 
 
 def write_page(out: Path) -> None:
-    """Write curves.png, and report.html: table, curves and traces in one file. Both are kept if the
-    run is older.
+    """Write curves.png, and report.html: table, curves and traces in one file. Both are kept if all
+    that they show is older.
     """
-    files = [*out.glob("grpo/metrics.csv"), *out.glob("results.json"), *out.glob("report.html")]
-    if max(files, key=lambda path: path.stat().st_mtime, default=out).name == "report.html":
+    template = Path(__file__).parent / "docs" / "report_template.html"
+    files = [*out.glob("*/metrics.csv"), *out.glob("grpo/traces.jsonl"), *out.glob("results.json"),
+             *out.glob("report.html"), template, Path(__file__)]
+    if max(files, key=lambda path: path.stat().st_mtime).name == "report.html":
         return
-    draw_curves(out)
+    try:
+        draw_curves(out)
+    except Exception as error:  # a picture must not end a run
+        print(f"curves.png is missing: {type(error).__name__}: {error}")
+    results = read_results(out)
     facts = {"run": str(out), "columns": tables.SCORES | tables.BY_SET, "meanings": tables.ROWS,
-             "results": [read_json(path) for path in out.glob("results.json")], "panels": []}
+             "results": [results] if results else [], "panels": []}
     for stage, title, *names in PANELS:
         lines = [[name, *curve(out / stage / "metrics.csv", name)] for name in names]
         facts["panels"].append([stage, title, lines])
-    template = (Path(__file__).parent / "docs" / "report_template.html").read_text("utf-8")
-    data = page_json(out, facts, 1_990_000 - len(template))
-    (out / "report.html").write_text(template.replace("REPORT_DATA", data), encoding="utf-8")
+    page = template.read_text("utf-8")
+    data = page_json(out, facts, 1_990_000 - len(page))
+    (out / "report.html").write_text(page.replace("REPORT_DATA", data), encoding="utf-8")

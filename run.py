@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from agents import Trace
 from data import InputError, fingerprint, read_json
-from data.folders import whole_folder
+from data.folders import gets_steps, lock, whole_folder
 from data.options import Config
 from model import Tokenizer, Transformer, save_model
 
@@ -31,7 +31,8 @@ def run_main(main: Callable[[], None]) -> None:
     except (InputError, OSError, SafetensorError) as error:
         code, line = 2, str(error)
     except (RuntimeError, MemoryError) as error:
-        full = ("out of memory", "allocate memory", "not enough memory")  # torch's words for it
+        full = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
+                "bad_alloc")  # torch's words for it
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in full):
             raise
         code, line = 2, ("out of memory; lower --rows, --group, --trace-tokens, --micro-tokens or "
@@ -116,21 +117,25 @@ class Run:
 
     def _begin(self, options: dict) -> None:
         """Write config.json and empty logs. A run that was killed before it saved starts again."""
-        config = self.folder / "config.json"
-        if self.folder.exists() and any(self.folder.iterdir()) and not config.exists():
+        begun = (self.folder / "config.json").exists()
+        if self.folder.exists() and any(self.folder.iterdir()) and not begun:
             raise InputError(f"{self.folder}: holds something that is not a run; nothing was done")
+        lock(self.folder.parent / "lock")
         self.folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        self._write_config(options)
         for name in LOGS:
             (self.folder / name).write_bytes(b"")
 
+    def _write_config(self, options: dict) -> None:
+        text = json.dumps(options, indent=2) + "\n"
+        (self.folder / "config.json").write_text(text, encoding="utf-8")
+
     def _resume(self, options: dict) -> None:
-        """Go back to the last checkpoint. InputError if the options have changed."""
-        begun = read_json(self.folder / "config.json")
-        for name, value in json.loads(json.dumps(options)).items():
-            if name not in ("out", "resume", "sft") and value != begun.get(name):
-                raise InputError(f"{name}: the run in {self.folder} was started with "
-                                 f"{begun.get(name)!r}, not {value!r}")
+        """Go back to the last checkpoint. A finished run that gets more steps goes on."""
+        lock(self.folder.parent / "lock")
+        if gets_steps(self.folder, options, self.finished):
+            self.finished = False
+            self._write_config(options)
         if self.checkpoint and not self.finished:
             self.state = read_json(self.checkpoint / "state.json")
             for name in LOGS:  # rows after the checkpoint will be written again

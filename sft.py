@@ -171,9 +171,15 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     return trace
 
 
-def to_traces(records: dict[str, list[dict]], tokenizer: Tokenizer) -> dict[str, list[Trace]]:
-    """Recorded conversations -> traces, by role."""
-    return {role: [to_trace(r, tokenizer) for r in part] for role, part in records.items()}
+def to_traces(records: dict[str, list[dict]], tokenizer: Tokenizer, most: int
+              ) -> dict[str, list[Trace]]:
+    """Recorded conversations -> traces, by role. most: tokens that the model is made for."""
+    made = {role: [to_trace(r, tokenizer) for r in part] for role, part in records.items()}
+    for trace in chain(*made.values()):
+        if len(trace.ids) > most:
+            raise InputError(f"traces: the conversation about {trace.question!r:.60} has "
+                             f"{len(trace.ids)} tokens, but the model is made for {most}")
+    return made
 
 
 # --------------------------------------------------------------------------- batches and curriculum
@@ -372,7 +378,9 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
     else:
         model, tokenizer = new_miniature(config, records, run)
     config = replace(config, seed=seed)  # from here on, the seed of the batches
-    fit(model, tokenizer, to_traces(records, tokenizer), to_traces(valid, tokenizer), config, run)
+    most = model.config.max_position_embeddings
+    train = to_traces(records, tokenizer, most)
+    fit(model, tokenizer, train, to_traces(valid, tokenizer, most), config, run)
     run.save(model, tokenizer)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError, printable, read_file, read_json
+from data.folders import read_results
 from data.options import option
 from data.tables import SCORES, cell, print_table
 
@@ -34,7 +35,7 @@ def compare(config: CompareConfig) -> None:
     else:
         print("no option differs")
     print()
-    if (a / "results.json").exists() and (b / "results.json").exists():
+    if read_results(a) and read_results(b):
         rows = result_rows(a, b)
     else:
         first = last_scores(a)
@@ -77,7 +78,7 @@ def result_rows(a: Path, b: Path) -> list[dict[str, str]]:
     """The scores of each row that both results.json have."""
     found = []
     for folder in (a, b):
-        results = read_json(folder / "results.json")
+        results = read_results(folder)
         found.append({row["row"]: row for row in results["rows"]})
     first, second = found
     rows = []

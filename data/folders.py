@@ -1,20 +1,86 @@
-"""Run folders: a folder that is written whole, and the stage 1 that stage 2 starts from."""
+"""Run folders: locks, a folder that is written whole, the stage 1 that stage 2 starts from."""
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from data import InputError
+from data import InputError, fingerprint, read_json
+
+locks: dict[Path, IO] = {}  # the open files; the system frees their locks when the process ends
+
+
+def lock(path: Path) -> None:
+    """Lock a file until this process ends. InputError if another process has locked it.
+
+    A run folder is locked by its file `lock`, so no two programs write to one run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
+    if path in locks:
+        return
+    file = open(path, "a")  # noqa: SIM115  it stays open, or the lock would end
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another program is writing there; wait for it, or choose "
+                         "another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    locks[path] = file
+
+
+# What --resume may change. Of files the bytes are compared, not the paths.
+FREE = ("out", "resume", "sft", "model", "traces", "data", "save_every", "threads")
+
+
+def gets_steps(folder: Path, options: dict, finished: bool) -> bool:
+    """Whether a resumed stage gets more steps than it was begun with. InputError if another option
+    or the content of its files has changed.
+    """
+    begun = read_json(folder / "config.json")
+    grows = options["steps"] > begun.get("steps", 0)
+    for name, value in json.loads(json.dumps(options)).items():
+        free = name in FREE or (name == "steps" and (grows or finished))
+        if not free and value != begun.get(name):
+            raise InputError(f"{name}: the run in {folder} was started with {begun.get(name)!r}, "
+                             f"not {value!r}")
+    changed = [name for name in ("steps", "threads") if options[name] != begun.get(name)]
+    if changed and (grows or not finished):
+        print(f"{folder}: other {' and '.join(changed)} than at its start, so its weights will "
+              "not be those of a run without a stop, bit for bit")
+    return grows
+
+
+def trained_by(out: Path) -> str:
+    """A fingerprint of the options and data of both stages of a run, so of its models."""
+    configs = [out / stage / "config.json" for stage in ("sft", "grpo")]
+    return fingerprint(*[path for path in configs if path.exists()])
+
+
+def read_results(out: Path) -> dict:
+    """results.json of a run, or {} if it is missing or the models were trained again since."""
+    path = out / "results.json"
+    results = read_json(path) if path.exists() else {}
+    current = results.get("trained_by", trained_by(out)) == trained_by(out)
+    return results if current else {}
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write. It gets its name at the end, so a kill never leaves half of it."""
+    target = target.resolve()  # a link stays, and what it points to is written
     part = target.with_name("part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
+    readable = part.stat().st_mode & 0o666  # a new file's permissions; safetensors writes 0600
+    for file in part.iterdir():
+        if file.is_file():
+            file.chmod(readable)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
 
@@ -36,6 +102,7 @@ def stage1_model(out: str, source: str, resume: bool) -> Path:
             raise InputError(f"{key}: no trained model in {folder} ({part} is missing); run sft.py "
                              "first")
     if copied:
+        lock(Path(out) / "lock")
         with whole_folder(target) as part:
             left_out = shutil.ignore_patterns("checkpoints", "part")
             shutil.copytree(folder, part, ignore=left_out, dirs_exist_ok=True)

@@ -1,7 +1,7 @@
-"""Exact match and token F1 by the official rules, a confidence interval, means of scores."""
+"""Exact match and token F1 by the official rules, and a confidence interval."""
 import re
 import string
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 
@@ -68,34 +68,3 @@ def holds(text: object, part: object) -> bool:
     """Whether `part` occurs in `text` as whole words, both after the scorer's normaliser."""
     want = normalize(str(part))
     return bool(want) and f" {want} " in f" {normalize(str(text))} "
-
-
-def by_set(scores: list[float], questions: list) -> dict[str, float]:
-    """The mean score of each question set."""
-    scores_of = defaultdict(list)
-    for score, q in zip(scores, questions, strict=True):
-        scores_of[q.set].append(score)
-    return {name: float(np.mean(values)) for name, values in scores_of.items()}
-
-
-def means(measures: list[dict]) -> dict[str, float | None]:
-    """The means of the scores. valid_calls and clean_turns are shares of all calls and turns, None
-    without any."""
-    names = ("f1", "grammar", "support", "calls", "length")
-    row = {name: float(np.mean([m[name] for m in measures])) for name in names}
-    for part, whole in (("valid_calls", "calls"), ("clean_turns", "turns")):
-        total = sum(m[whole] for m in measures)
-        row[part] = sum(m[part] for m in measures) / total if total else None
-    return row
-
-
-def majority(questions: list, held_out: list) -> dict:
-    """The row of a program that always gives the most common training answer."""
-    answers = Counter(q.golds[0] for q in questions if q.set == "train")
-    answer = answers.most_common(1)[0][0]
-    scores = [exact_match(answer, q.golds) for q in held_out]
-    em = float(np.mean(scores))
-    return {"row": "majority", "n": len(held_out), "em_greedy": em, "em_sampled": em,
-            "f1": float(np.mean([f1(answer, q.golds) for q in held_out])), "grammar": None,
-            "valid_calls": None, "clean_turns": None, "support": None, "calls": 0.0,
-            "length": None, "by_set": by_set(scores, held_out)}

@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
 from data import InputError, read_file, read_json
+from data.checkpoint import stop_ids
 from data.prompts import LONG, SHORT
 
 
@@ -25,10 +26,13 @@ class Tokenizer:
             self.full = tokenizers.Tokenizer.from_buffer(content)
             added = self.full.get_added_tokens_decoder().items()
             self.control = {token.content: i for i, token in added}
-            self.end = self.control["<|im_end|>"]
         except Exception as error:  # the library raises bare Exception
-            reason = f"not a tokenizer with Qwen2.5's control tokens ({error})"
-            raise InputError(f"{path}: {reason}") from None
+            raise InputError(f"{path}: not a tokenizer ({error})") from None
+        for token in CONTROL_TOKENS[1:]:  # nothing here writes <|endoftext|>
+            if token not in self.control:
+                raise InputError(f"{path}: the token {token} is missing; Qwen2.5's tokenizers "
+                                 "have it")
+        self.end = self.control["<|im_end|>"]
         plain = tokenizers.Tokenizer(self.full.model)  # the same vocabulary without added tokens
         plain.normalizer = self.full.normalizer
         plain.pre_tokenizer = self.full.pre_tokenizer
@@ -41,7 +45,8 @@ class Tokenizer:
         path = folder / "tokenizer_config.json"
         marked = path.exists() and read_json(path).get("mtr_prompts") == "short"
         self.prompts = SHORT if marked else LONG  # a folder that we did not train has no mark
-        self.stop_ids = {self.end, *_stop_ids(folder / "generation_config.json")}
+        # The config of a base checkpoint does not name <|im_end|>.
+        self.stop_ids = {self.end, *stop_ids(folder)}
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Pieces -> ids. Adjacent texts are joined first: BPE may merge across their border."""
@@ -63,16 +68,6 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, with control tokens spelled out."""
         return self.full.decode(ids, skip_special_tokens=False)
-
-
-def _stop_ids(path: Path) -> list[int]:
-    """eos_token_id of generation_config.json. A base checkpoint's lacks <|im_end|>; we add it."""
-    stops = read_json(path).get("eos_token_id", []) if path.exists() else []
-    stops = stops if isinstance(stops, list) else [stops]
-    for stop in stops:
-        if type(stop) is not int:
-            raise InputError(f"{path}: eos_token_id should hold ids, found {stop!r}")
-    return stops
 
 
 # -------------------------------------------------------------------------------------- training

@@ -144,6 +144,7 @@ def test_a_row_by_hand(stand_in, folder, data, out):
     assert (row["set"], row["rule"], row["n"], row["bad"]) == ("few", "musique", 6, 0)
     assert row["em"] == row["f1"] == 3 / 6 and 0 <= row["em_low"] < row["em"] < row["em_high"] <= 1
     assert row["grammar"] == 4 / 6 and row["calls"] == 7 / 6 and row["valid_calls"] == 6 / 7
+    assert row["failed_calls"] == 0
     # Velka was observed for Bo and for Ada ("in" says nothing). Suna and Ed were not observed.
     assert row["support"] == pytest.approx(2 / 6)
     assert row["backend"] == "simulated" and row["seconds"] > 0
@@ -262,6 +263,51 @@ def test_a_users_tool_is_offered_beside_the_others(stand_in, folder, data):
     assert tools == [same_name]
 
 
+FAILING = """
+import sys
+from datetime import date
+
+class Odd:
+    pass
+
+def birthplace(person):
+    {body}
+
+TOOLS = [({{"name": "birthplace", "description": "d", "parameters": {{"type": "object", "properties": {{"person": {{"type": "string"}}}}, "required": ["person"]}}}}, birthplace)]
+"""
+
+
+@pytest.mark.parametrize("body", ["raise ValueError('no')", "sys.exit(3)", "return date(2000, 1, 1)", "return float('nan')", "return Odd()"])
+def test_a_real_tool_that_fails_every_time_shows_in_the_row(body, stand_in, folder, data, tmp_path):
+    """Its calls are valid, so valid_calls does not show it. Of the 7 calls, one is refused."""
+    path = tmp_path / "own.py"
+    path.write_text(FAILING.format(body=body))
+    row, = evaluate_files(config(folder, data, backend="real", real_tools=str(path)))
+    assert row["valid_calls"] == 6 / 7 and row["failed_calls"] == 6 / 7 and row["em"] == 3 / 6
+    row, = evaluate_files(config(folder, data, name="simulated"))
+    assert row["failed_calls"] == 0
+
+
+def test_a_backend_of_real_tools_needs_their_code(stand_in, folder, data, tmp_path, out):
+    """The ToolActor would simulate a tool without code, and the row would say real."""
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"name": "lookup", "description": "d", "parameters": {"type": "object", "properties": {}}}]))
+    with pytest.raises(InputError, match=f"^backend: lookup of {path} has no code; give a Python file"):
+        evaluate_files(config(folder, data, backend="real", real_tools=str(path)))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("program", [lambda folder, data: evaluate_files(config(folder, data, grounded=True)),
+                                     lambda folder, data: make_traces(teacher(folder, data, grounded=True))], ids=["eval", "traces"])
+def test_grounded_needs_paragraphs(program, stand_in, folder, data, out):
+    """One question without them is enough: the row would say grounded."""
+    first, *others = read_lines(data)
+    data.write_text("".join(json.dumps(line) + "\n" for line in [*others, first | {"paragraphs": []}]))
+    with pytest.raises(InputError, match="^grounded: question (0 )?q0 of few has no paragraphs$"):
+        program(folder, data)
+    assert not out.exists() and not (folder.parent / "traces.jsonl").exists()
+
+
 # ----------------------------------------------------------------------------------------- of a run
 
 
@@ -313,6 +359,7 @@ def test_the_held_out_sets_of_a_run(backend, monkeypatch, folder, tokenizer, out
                         lambda model, _, rows, slots: scripted(tokenizer, script, rows))
     monkeypatch.setattr(evaluate, "make_questions",
                         lambda w: [q, replace(q, set="train"), replace(q, set="bamboogle")])
+    set_positions(folder)
     finished_run(folder, out)
     rows = evaluate_files(EvalConfig(out=str(out), backend=backend))
     assert [(row["set"], row["rule"], row["n"], row["em"]) for row in rows] == [

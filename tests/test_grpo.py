@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -1054,6 +1055,13 @@ def test_room_for_prompts_and_replies(long_prompts, turn_tokens, most, slots, ma
     assert (agent.sampler.slots, agent.sampler.capacity, agent.temperature) == (896, 3, 0.6)
 
 
+@pytest.mark.parametrize("trace_tokens", [256, 257])
+def test_a_trace_is_never_longer_than_the_models_context(trace_tokens, folder, single_precision):
+    """The test's model has 256 positions. All programs that play open a Simulator first."""
+    with nullcontext() if trace_tokens == 256 else pytest.raises(InputError, match="^trace_tokens: 257, but the model in .*/model is made for 256$"):
+        grpo.Simulator(folder, GRPOConfig(trace_tokens=trace_tokens), rows=2)
+
+
 def test_the_traces_of_a_question_get_its_tools_and_a_key_each():
     box = SimpleNamespace(tools=["lookup"])
     stage = SimpleNamespace(config=SimpleNamespace(seed=7), boxes={"a": box, "b": SimpleNamespace(tools=[])})
@@ -1081,7 +1089,8 @@ def test_held_out_questions_are_answered_greedily_and_sampled(monkeypatch):
     assert seen == [(t, n, "the ToolActor", False) for t in (0.0, 1.0) for n in (2, 1)] and agent.temperature == 0.6
     assert row == {"n": 3, "em_greedy": pytest.approx(1 / 3), "em_sampled": pytest.approx(2 / 3),
                    "by_set": {"hotpot": 0.5, "musique": 1.0}, "f1": pytest.approx(2 / 3), "grammar": 1.0,
-                   "support": 0.0, "calls": 0.0, "length": 0.0, "valid_calls": None, "clean_turns": 1.0}
+                   "support": 0.0, "calls": 0.0, "length": 0.0, "valid_calls": None, "failed_calls": None,
+                   "clean_turns": 1.0}
     for name, answer in (("greedy", "Bo"), ("sampled", "Al")):
         assert [(t.key, t.answer) for t in traces[name]] == [(("eval", i), answer) for i in range(3)]
     seen.clear()
@@ -1210,7 +1219,7 @@ def test_the_world_is_sealed_during_stage_2(folder, monkeypatch, single_precisio
     (out / "sft").mkdir(parents=True)
     (out / "sft" / "config.json").write_text('{"seed": 3}')
     folder.rename(out / "sft" / "model")
-    grpo.train_grpo(GRPOConfig(out=str(out), steps=2, questions=3))
+    grpo.train_grpo(GRPOConfig(out=str(out), steps=2, questions=3, trace_tokens=256))
     assert worlds[0].facts == make_world(3).facts and len(worlds) == 1
     plan, held_out = grpo.choose_questions(GRPOConfig(steps=2, questions=3), make_world(3))
     (first, (_, asked)), (second, (simulator, model, *rest)) = seen

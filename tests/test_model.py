@@ -748,20 +748,55 @@ def test_the_index_only_names_files(folder):
 
 
 def test_a_tied_head_may_be_stored_too(folder):
-    """Also in a second shard."""
+    """Also in another shard than the embedding. It stays tied."""
     whole = load(folder)[0]
     edit_weights(folder, lambda w: w.update({HEAD: w[EMBED].clone()}))
-    assert same_weights(load(folder)[0], whole)
-    shard(folder)
-    edit_weights(folder, lambda w: w.update({HEAD: w[list(w)[0]].clone()}), other_shard(folder, HEAD))
-    assert same_weights(load(folder)[0], whole)
+    for _ in range(2):
+        model = load(folder)[0]
+        assert same_weights(model, whole) and model.config == whole.config and model.config.tie_word_embeddings
+        shard(folder)
 
 
-def test_rope_theta_may_stand_among_the_rope_parameters(folder):
-    """Newer folders have it there."""
-    rope = {"rope_theta": 50.0, "rope_type": "default"}
-    edit_json(folder / "config.json", rope_theta=None, rope_parameters=rope)
-    assert ModelConfig.read(folder).rope_theta == 50
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_stored_head_that_differs_from_the_embedding_counts(folder, tokenizer, tmp_path, shards):
+    """config.json ties them, but a merged LoRA changed the head. The saved folder says that they are not tied."""
+    before = load(folder)[0]
+    head = 2 * load_file(folder / "model.safetensors")[EMBED].flip(0)
+    edit_weights(folder, lambda w: w.update({HEAD: head.clone()}))
+    if shards:
+        shard(folder)
+    model = load(folder)[0]
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(ids), before(ids))
+    assert torch.equal(model.head(model(ids)), (model(ids) @ head.T)[..., :tokenizer.size])
+    save_model(model, tokenizer, tmp_path / "saved")
+    assert not json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    assert same_weights(load(tmp_path / "saved")[0], model)
+
+
+@pytest.mark.parametrize("keys, theta", [  # where transformers 5.23 takes the base from
+    ({"rope_theta": 70.0}, 70), ({"rope_theta": None, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}, 50),
+    ({"rope_theta": 70.0, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}, 50),
+    ({"rope_theta": 70.0, "rope_parameters": {"rope_type": "default"}}, 70),
+    ({"rope_theta": 70.0, "rope_scaling": {"type": "default"}}, 70), ({"rope_theta": 70.0, "rope_parameters": {}}, 70),
+    ({"rope_theta": 70.0, "rope_scaling": {"rope_type": "default", "rope_theta": 30.0}, "rope_parameters": {"rope_theta": 50.0}}, 30)])
+def test_the_base_of_the_rotary_angles(folder, keys, theta):
+    edit_json(folder / "config.json", **keys)
+    assert ModelConfig.read(folder).rope_theta == theta
+
+
+@pytest.mark.parametrize("generation, config_eos, stops", [  # besides <|im_end|>
+    ({"eos_token_id": None}, None, []), (None, None, []), (None, 5, [5]), (None, [5, 6], [5, 6]), ({}, 5, [5]),
+    ({"eos_token_id": None}, 5, [5]), ({"eos_token_id": 7}, 5, [7]), ({"eos_token_id": [7, 8]}, None, [7, 8])])
+def test_the_stop_ids_of_a_folder(folder, generation, config_eos, stops):
+    """config.json counts if generation_config.json is missing or names none, as in transformers."""
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    raw = json.loads((folder / "config.json").read_text()) | {"eos_token_id": config_eos}
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.stop_ids == {tokenizer.end, *stops}
 
 
 def edit_json(path, **changes):
@@ -844,9 +879,11 @@ def forget_shard(folder):
     edit_index(folder, lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], SHARD)))
 
 
-def forget_control(folder):
-    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    edit_json(folder / "tokenizer.json", added_tokens=[t for t in added if t["content"] != "<|im_end|>"])
+def forget_control(token):
+    def change(folder):
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        edit_json(folder / "tokenizer.json", added_tokens=[t for t in added if t["content"] != token])
+    return change
 
 
 def shrink(folder):
@@ -875,6 +912,8 @@ BROKEN = {  # the change to a good folder, and the word that the message must co
     "a width below 0": (config(hidden_size=-32), "hidden_size"),
     "theta is not a number": (config(rope_theta=math.nan), "rope_theta"),
     "heads that kv-heads don't divide": (config(num_key_value_heads=3), "num_key_value_heads 3"),
+    "a layer that slides": (config(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    "layer types in no list": (config(layer_types=7), "layer_types"),
     "rotary parameters of another kind": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_type"),
     "rotary parameters in a list": (config(rope_parameters=["default"]), "rope_parameters"),
     "fewer rows than ids": (shrink, "vocab_size"),
@@ -898,7 +937,9 @@ BROKEN = {  # the change to a good folder, and the word that the message must co
     "an index without a map": (index(lambda i: i.pop("weight_map")), "weight_map"),
     "no tokenizer": (without("tokenizer.json"), "tokenizer.json"),
     "a tokenizer that isn't one": (text("tokenizer.json", '{"added_tokens": []}'), "tokenizer.json"),
-    "a tokenizer without <|im_end|>": (forget_control, "<|im_end|>"),
+    **{f"a tokenizer without {token}": (forget_control(token), f"the token {token} is missing")
+       for token in ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")},
+    "a stop id of config.json in quotes": (lambda folder: (without("generation_config.json")(folder), config(eos_token_id="2")(folder)), "found '2'"),
     "stop ids are no JSON": (text("generation_config.json", "{"), "generation_config.json"),
     "a stop id in quotes": (text("generation_config.json", '{"eos_token_id": [1, "2"]}'), "found '2'"),
 }

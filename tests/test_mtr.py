@@ -243,6 +243,10 @@ def test_resume_repeats_no_finished_stage(run, capsys):
     assert files == {path: path.stat().st_mtime_ns for path in files}
     again = json.loads((out / "results.json").read_text())
     assert all(again[name] == results[name] for name in results if name != "seconds")
+    # Results of other models than those in the folder are no results of this run.
+    (out / "results.json").write_text(json.dumps(again | {"trained_by": "others", "rows": []}))
+    mtr.run_all(mtr.RunConfig(out=str(out), toy=True, threads=1, resume=True))
+    assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
 
 
 def test_gold_answers_reach_no_prompt_and_change_no_trace(run):
@@ -407,7 +411,7 @@ def test_the_shares_of_the_toolmaker_by_hand():
              agents.Toolbox("composition", right[2][:1], 1),
              agents.Toolbox("composition", [agents.FALLBACK], 0)]
     by_id = {q.id: box for q, box in zip(questions, boxes, strict=True)}
-    shares = evaluate.maker_shares(SimpleNamespace(boxes=by_id), questions)
+    shares = evaluate.maker_shares(by_id, questions)
     assert shares == {"valid": 0.5, "exact": 0.5, "accepted": 0.75, "regenerated": 0.25,
                       "fallback": 0.25}
 
@@ -416,10 +420,9 @@ def test_tools_of_another_kind_are_not_exact():
     """The same tools with another kind come with other utility tools."""
     question = next(q for q in make_questions(make_world(0)) if q.kind == "composition")
     box = agents.Toolbox("arithmetic", agents.check_tools(tools_for(question)), 1)
-    simulator = SimpleNamespace(boxes={question.id: box})
-    assert evaluate.maker_shares(simulator, [question])["exact"] == 0
+    assert evaluate.maker_shares({question.id: box}, [question])["exact"] == 0
     box.kind = "composition"
-    assert evaluate.maker_shares(simulator, [question])["exact"] == 1
+    assert evaluate.maker_shares({question.id: box}, [question])["exact"] == 1
 
 
 def test_the_fidelity_of_the_toolactor_by_hand():

@@ -2,12 +2,15 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import report
 from data import InputError, tables
+from data.folders import trained_by
 from data.page import choose, encode, page_json
 from data.tokenizer import Tokenizer, train_tokenizer
 from data.world import make_world
@@ -227,6 +230,68 @@ def test_the_page_says_where_it_comes_from(out, monkeypatch):
     assert data["command"] == "python mtr.py --out 'a b'" and data["run"] == "x"
     assert data["config"]["seed"] == 0 and data["processor"]
     assert re.fullmatch(r"([0-9a-f]{7,40}(-dirty)?)?", data["commit"])
+
+
+@pytest.mark.parametrize("changed", ["grpo/traces.jsonl", "sft/metrics.csv", "sft_continued/metrics.csv", "template", "report.py"])
+def test_a_page_is_written_again_if_anything_that_it_shows_is_newer(out, changed, monkeypatch):
+    for path in ("grpo/traces.jsonl", "sft_continued/metrics.csv"):
+        (out / path).parent.mkdir(exist_ok=True)
+        (out / path).write_text("")
+    report.write_page(out)
+    (out / "report.html").write_text("kept")
+    report.write_page(out)
+    assert (out / "report.html").read_text() == "kept"
+    source = {"template": Path(report.__file__).parent / "docs" / "report_template.html", "report.py": Path(report.__file__)}
+    path = source.get(changed, out / changed)
+    real, later = Path.stat, (out / "report.html").stat().st_mtime + 5
+
+    def stat(self, **more):
+        found = real(self, **more)
+        return os.stat_result((*found[:8], later, later)) if self == path else found
+    monkeypatch.setattr(Path, "stat", stat)
+    report.write_page(out)
+    assert (out / "report.html").read_text() != "kept"
+
+
+def test_results_of_models_that_were_trained_again_are_not_shown(out, capsys):
+    """One byte of a stage's config.json stands for other options, data or steps. Results of a version that wrote no
+    fingerprint are shown."""
+    shares = dict.fromkeys(["valid", "exact", "accepted", "regenerated", "fallback"], 0.5)
+    row = {"row": "grpo", "n": 200, "em_sampled": 0.123, "by_set": {"hotpot": 0.25}}
+    results = {"seed": 0, "rows": [row], "maker": shares, "actor_recall": 1.0, "actor_fidelity": 1.0, "seconds": {}}
+    (out / "story.txt").write_text("Once.")
+    for stage in ("sft", "grpo"):
+        (out / "results.json").write_text(json.dumps(results | {"trained_by": trained_by(out)}))
+        report.show_run(str(out))
+        assert "0.123" in capsys.readouterr().out
+        with open(out / stage / "config.json", "a") as file:
+            file.write(" ")
+        report.show_run(str(out))
+        said = capsys.readouterr().out
+        assert "0.123" not in said and "no table: results.json is missing, or older than the models" in said
+        (out / "report.html").unlink()
+        assert read(out)[1]["results"] == []
+    (out / "results.json").write_text(json.dumps(results))
+    report.show_run(str(out))
+    assert "0.123" in capsys.readouterr().out
+
+
+def test_a_picture_that_fails_does_not_end_the_run(out, monkeypatch, capsys):
+    def fail(folder):
+        raise RuntimeError("no font")
+    monkeypatch.setattr(report, "draw_curves", fail)
+    read(out)
+    assert capsys.readouterr().out == "curves.png is missing: RuntimeError: no font\n"
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg", "agg"])
+def test_a_notebooks_backend_does_not_keep_the_curves_from_being_drawn(out, backend):
+    """MPLBACKEND names a backend that matplotlib refuses when it is imported, or that needs a screen."""
+    code = "import sys, report; from pathlib import Path; report.draw_curves(Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, out], cwd=Path(report.__file__).parent, capture_output=True, text=True,
+                          env={"MPLBACKEND": backend, "PATH": "/usr/bin:/bin", "HOME": str(out)})
+    assert done.returncode == 0, done.stderr
+    assert (out / "curves.png").stat().st_size > 1000
 
 
 def test_show_writes_the_page_when_the_run_is_newer(out, capsys):

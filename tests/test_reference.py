@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402  (must follow the lines above)
 from test_agents import as_pieces  # noqa: E402  (must follow the lines above)
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402  (must follow the lines above)
 from transformers.cache_utils import DynamicCache  # noqa: E402  (must follow the lines above)
@@ -88,6 +89,23 @@ def test_logits_past_position_30000_behind_a_cache(pair):
     assert largest_gap(logits, want) <= 1e-4
     elsewhere = theirs(random_ids(ours, 1, 320)).logits[:, 256:]
     assert largest_gap(logits, elsewhere) > 1e-2  # the positions matter
+
+
+@torch.no_grad()
+def test_a_stored_head_that_config_json_ties_gives_their_logits(tokenizer, tmp_path):
+    """As a merged LoRA leaves it: config.json ties the head, but the stored head differs from the embedding."""
+    config = Qwen2Config(vocab_size=tokenizer.size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(tokenizer.size, 32)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for name, content in tokenizer.files.items():
+        (tmp_path / name).write_bytes(content)
+    ours, theirs = load(tmp_path)[0], Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
+    ids = random_ids(ours, 2, 40)
+    assert largest_gap(ours.head(ours(ids)), theirs(ids).logits) <= 1e-4
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(resume, tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("more", [{"lr": 0.5}, {"seed": 1}, {"threads": 1}, {"traces": "t"}, {"save_every": 2}])
+@pytest.mark.parametrize("more", [{"lr": 0.5}, {"seed": 1}, {"worlds": 3}, {"precision": "float32"}])
 def test_resume_goes_on_as_the_run_began(more, finished, begun, tmp_path):
     folder, _ = begun
     if finished:
@@ -240,6 +240,90 @@ def test_resume_goes_on_as_the_run_began(more, finished, begun, tmp_path):
     with pytest.raises(InputError, match=f"^{next(iter(more))}: .* was started with") as error:
         Run(folder, config(tmp_path, **{"save_every": 1, "resume": True, **more}), ["step"])
     assert "\n" not in str(error.value) and contents(folder) == before
+
+
+@pytest.mark.parametrize("more", [{"threads": 1}, {"save_every": 2}, {"traces": "elsewhere.jsonl"}, {"model": "elsewhere"}, {"steps": 1301}])
+def test_what_a_resumed_run_may_change(more, begun, tmp_path, capsys):
+    """Of its files only the bytes count. Where the weights may then differ, a line says so."""
+    folder, _ = begun
+    run = Run(folder, config(tmp_path, **{"save_every": 1, "resume": True, **more}), ["step"])
+    assert run.state["step"] == 3 and not run.finished
+    said, name = capsys.readouterr().out, next(iter(more))
+    if name in ("threads", "steps"):
+        assert said == f"{folder}: other {name} than at its start, so its weights will not be those of a run without a stop, bit for bit\n"
+    else:
+        assert said == ""
+
+
+def test_a_finished_run_goes_on_if_it_gets_more_steps(begun, tmp_path):
+    """From its last checkpoint. Fewer steps change nothing. config.json then holds the new number."""
+    folder, _ = begun
+    finish(folder)
+    for steps, finished in ((7, True), (1300, True), (1301, False)):
+        run = Run(folder, config(tmp_path, steps=steps, save_every=1, resume=True), ["step", "loss"])
+        assert run.finished == finished and run.state["step"] == (0 if finished else 3)
+    assert json.loads((folder / "config.json").read_text())["steps"] == 1301
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("1300,0.5\r\n")
+    Run(folder, config(tmp_path, steps=1302, save_every=1, resume=True), ["step", "loss"])
+    assert [row["step"] for row in rows(folder / "metrics.csv")] == list("012")
+
+
+def test_an_unfinished_run_gets_no_fewer_steps(begun, tmp_path):
+    with pytest.raises(InputError, match="^steps: .* was started with 1300, not 7"):
+        Run(begun[0], config(tmp_path, steps=7, save_every=1, resume=True), ["step"])
+
+
+HOLD = """import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from data.folders import lock
+lock(Path({path!r}))
+print("held", flush=True)
+sys.stdin.read()"""
+
+
+def test_two_programs_never_write_to_one_run(begun, tmp_path):
+    """Another process holds the run's lock. Nothing is written until it ends, however it ends."""
+    folder, go = begun
+    code = HOLD.format(root=str(Path(__file__).parents[1]), path=str(tmp_path / "lock"))
+    before = contents(folder)
+    run_file.lock.__globals__["locks"].clear()  # this process has held it since `begun`
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for again in (lambda: go(5, resume=True), lambda: Run(tmp_path / "grpo", config(tmp_path), ["step"])):
+            with pytest.raises(InputError, match=f"^{tmp_path / 'lock'}: another program is writing there"):
+                again()
+        assert contents(folder) == before and not (tmp_path / "grpo").exists()
+        other.kill()
+        other.wait()
+        assert go(5, resume=True) == [3, 4]
+
+
+def test_a_stage_folder_may_be_a_link(begun, tmp_path, tokenizer, tiny):
+    """What it points to is written; the link stays. Its model/ may be a link, too."""
+    folder, go = begun
+    (tmp_path / "disk").mkdir()
+    folder.rename(tmp_path / "disk" / "sft")
+    folder.symlink_to(tmp_path / "disk" / "sft")
+    (tmp_path / "disk" / "model").mkdir()
+    (folder / "model").symlink_to(tmp_path / "disk" / "model")
+    assert go(5, resume=True) == [3, 4] and folder.is_symlink() and checkpoints(tmp_path / "disk" / "sft") == [4, 5]
+    Run(folder, config(tmp_path, save_every=1, resume=True), ["step"]).save(tiny(tokenizer.size, dtype=torch.float32), tokenizer)
+    assert (folder / "model").is_symlink() and (tmp_path / "disk" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_what_is_written_can_be_read_as_the_umask_says(umask, mode, tmp_path, tiny, tokenizer):
+    old = os.umask(umask)
+    try:
+        run = Run(tmp_path / "sft", config(tmp_path, save_every=1), ["step"])
+        model = tiny(tokenizer.size, dtype=torch.float32)
+        list(run.steps(1, model, tokenizer, sft.make_optimizer(model, 0.1, 0.0)))
+        run.save(model, tokenizer)
+    finally:
+        os.umask(old)
+    files = [path for path in tmp_path.glob("sft/**/*") if path.is_file()]
+    assert len(files) > 12 and {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_config_json_holds_the_options_and_a_fingerprint_of_the_sources(tmp_path, folder):
@@ -371,6 +455,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_who
 @pytest.mark.parametrize("error", [
     MemoryError(), MemoryError("Unable to allocate 8 GiB"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n8 GiB"),
     RuntimeError("MPS backend out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"),
+    RuntimeError("std::bad_alloc"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8")], ids=repr)
 def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, capsys):
     def main():

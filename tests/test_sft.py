@@ -212,9 +212,16 @@ def test_as_many_worlds_are_imagined_as_asked(continued, tmp_path, monkeypatch):
         assert made.value.args[0] == [pytest.approx(300 * worlds, rel=0.02), 300 * worlds]
 
 
+def lengthen(folder, tokens):
+    """Set the context of a model folder."""
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": tokens}))
+
+
 @pytest.fixture
 def stage(monkeypatch, folder, tmp_path):
     """A function that runs stage 1, or its control, without training -> model, data, config and Run that fit gets."""
+    lengthen(folder, 2048)
     fitted = []
     monkeypatch.setattr(sft, "fit", lambda model, tokenizer, data, valid, config, run: fitted.append((model, data, config, run)))
     monkeypatch.setattr(sft, "teach", lambda seed, worlds: ({role: [CONVERSATIONS[role][0]] * 3 for role in sft.ROLES},
@@ -250,6 +257,19 @@ def test_stage_1_reads_conversations_from_a_file(stage, folder, tmp_path):
     _, data, _, run = stage(model=str(folder), traces=str(path))
     assert {role: len(traces) for role, traces in data.items()} == {"agent": 1, "maker": 0, "actor": 1}
     assert json.loads((run.folder / "config.json").read_text())["sha256_of_model_and_data"] == fingerprint(folder, path)
+
+
+def test_a_conversation_that_is_longer_than_the_models_context_is_refused(stage, folder, tmp_path, tokenizer):
+    path, n = tmp_path / "traces.jsonl", len(to_trace(AGENT, tokenizer).ids)
+    path.write_text(json.dumps({"conversations": [AGENT]}))
+    for tokens in (n, n - 1):
+        lengthen(folder, tokens)
+        if tokens == n:
+            assert stage(model=str(folder), traces=str(path))
+            shutil.rmtree(tmp_path / "run")
+        else:
+            with pytest.raises(InputError, match=f"^traces: .* has {n} tokens, but the model is made for {n - 1}$"):
+                stage(model=str(folder), traces=str(path))
 
 
 def test_the_control_continues_with_other_batches_at_half_the_rate(stage, folder, tmp_path):

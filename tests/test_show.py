@@ -197,6 +197,15 @@ def compared(capsys, a, b):
     return text
 
 
+def test_results_of_models_that_were_trained_again_are_not_compared(tmp_path, capsys):
+    """Then the last values of metrics.csv are, as of runs without results.json."""
+    runs = [run_of(tmp_path / name, {}, [(0.5, 0.5, 0.5)], [{"row": "grpo", "em_sampled": 0.75}]) for name in "ab"]
+    assert "0.750" in compared(capsys, *runs) and "held-out quarter" not in compared(capsys, *runs)
+    (tmp_path / "b" / "results.json").write_text(json.dumps({"rows": [{"row": "grpo", "em_sampled": 0.75}], "trained_by": "other"}))
+    text = compared(capsys, *runs)
+    assert "0.750" not in text and "held-out quarter, sampled" in text
+
+
 def test_the_options_that_differ(tmp_path, capsys):
     """Folder and --resume are no difference. A missing value is -, and the same as an empty text."""
     a = run_of(tmp_path / "a", {"lr": 0.5, "loss": "dapo", "resume": False, "data": [], "old": 1})
@@ -326,8 +335,8 @@ def test_another_runs_stage_1_is_copied_without_its_checkpoints(tmp_path):
     before, out = content(source), tmp_path / "other"
     assert stage1_model(str(out), str(source), False) == out / "sft" / "model"
     names = ["config.json", "metrics.csv", "model/config.json", "model/model.safetensors"]
-    assert content(out) == {f"sft/{name}": f"run {name}" for name in names}
-    assert content(source) == before and [path.name for path in out.iterdir()] == ["sft"]
+    assert content(out) == {f"sft/{name}": f"run {name}" for name in names} | {"lock": ""}
+    assert content(source) == before and {path.name for path in out.iterdir()} == {"sft", "lock"}
     assert stage1_model(str(out), "", False) == out / "sft" / "model"
 
 
@@ -347,7 +356,7 @@ def test_a_resumed_run_that_died_before_the_copy_is_copied(tmp_path):
     (out / "part").mkdir(parents=True)
     (out / "part" / "half").write_text("x")
     stage1_model(str(out), str(source), True)
-    assert len(content(out)) == 4 and content(out)["sft/config.json"] == "run config.json"
+    assert len(content(out)) == 5 and content(out)["sft/config.json"] == "run config.json"
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model/config.json"])
