@@ -2,10 +2,13 @@
 
 Then the whole chain (traces, sft, grpo, eval) on a tiny random model.
 """
+import fcntl
 import json
+import os
 import shutil
 import sys
-from contextlib import nullcontext
+import threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from test_agents import act, maker_text, object_of, say, scripted
 
 import agents
+import data as data_package
 import evaluate
 import grpo
 import mtr
@@ -20,6 +24,7 @@ import run as run_file
 import sft
 from agents import Tool, Toolbox, ToolMaker
 from data import InputError, fingerprint
+from data.folders import locks
 from data.prompts import SHORT
 from data.read import Item, read_questions
 from data.training import read_done, read_traces, to_records, why_not
@@ -479,6 +484,54 @@ def test_another_content_of_the_tools_file_does_not_continue_a_file(stand_in, fo
     tools.write_text(json.dumps([BIRTHPLACE.schema], indent=1))
     with pytest.raises(InputError, match="was begun with sources"):
         make_traces(own)
+
+
+@contextmanager
+def piped(tmp_path, content):
+    """The path of a pipe, such as <(zcat a.gz), which another thread fills once."""
+    path = tmp_path / "63"
+    os.mkfifo(path)
+    thread = threading.Thread(target=path.write_bytes, args=(content,))
+    thread.start()
+    yield path
+    thread.join()
+    path.unlink()
+    data_package.piped.clear()  # another process reads the next one
+
+
+def with_gold(data, gold):
+    """A question file whose right answers are all this one."""
+    return "".join(json.dumps(line | {"answer": gold}) + "\n" for line in read_lines(data)).encode()
+
+
+def test_two_pipes_of_one_name_get_their_own_scores(stand_in, folder, data, tmp_path):
+    """All that the name of a pipe, its size and a second look at it could tell is the same for both."""
+    for name, gold, right in (("a", "Velka", 1), ("b", "Suna", 1), ("c", "Nobody", 0)):
+        with piped(tmp_path, with_gold(data, gold)) as path:
+            row, = evaluate_files(config(folder, path, name=name))
+        fresh = tmp_path / f"{name}.jsonl"
+        fresh.write_bytes(with_gold(data, gold))
+        want, = evaluate_files(config(folder, fresh, name=f"fresh-{name}"))
+        assert row["em"] == want["em"] == right / 6 and (row["set"], row["n"]) == ("63", 6)
+
+
+def test_stage_0_does_not_go_on_with_another_pipe_of_the_same_name(stand_in, folder, data, tmp_path):
+    with piped(tmp_path, data.read_bytes()) as path:
+        made = make_traces(teacher(folder, path))
+    with piped(tmp_path, data.read_bytes()) as path:
+        assert make_traces(teacher(folder, path)) == made
+    with piped(tmp_path, with_gold(data, "Doka")) as path, pytest.raises(InputError, match="was begun with sources"):
+        make_traces(teacher(folder, path))
+
+
+def test_two_programs_do_not_write_to_one_file_of_traces(stand_in, folder, data):
+    path = folder.parent / "traces.jsonl"
+    with open(path, "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        locks.clear()
+        with pytest.raises(InputError, match=f"^{path}: another program is writing there"):
+            make_traces(teacher(folder, data))
+    assert path.read_bytes() == b"" and make_traces(teacher(folder, data)).total() == 6
 
 
 def test_more_samples_continue_the_file(stand_in, folder, data):
