@@ -37,7 +37,7 @@ def fields_of(row: object) -> dict:
     are left out. Raise ValueError if a part of the record is lost or counted twice."""
     if isinstance(row, dict) and "row" in row and row.keys() <= VIEWER:
         if row.get("truncated_cells"):
-            raise ValueError(f"the viewer has cut {', '.join(row['truncated_cells'])}")
+            raise ValueError(f"the viewer of the hub has cut {', '.join(row['truncated_cells'])}")
         row = row["row"]
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -114,11 +114,11 @@ def golds_of(fields: dict) -> list[str]:
 
 def _answers(value: object) -> list[str]:
     """Return the texts of a text, a whole number, a list of them, or SQuAD's {"text": ...}."""
-    value = _decoded(value)
-    value = value.get("text") if isinstance(value, dict) else value
-    values = value if isinstance(value, list) else [value]
-    values = [part.get("text") if isinstance(part, dict) else part for part in values]
-    texts = [str(part) if type(part) is int else part for part in values]
+    held = _decoded(value)
+    held = held.get("text") if isinstance(held, dict) else held
+    parts = held if isinstance(held, list) else [held]
+    parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [str(part) if type(part) is int else part for part in parts]
     if not texts or not all(map(is_text, texts)):
         raise ValueError(f"each answer should be a non-empty string, found {value!r:.40}")
     return list(dict.fromkeys(texts))

@@ -115,9 +115,9 @@ def _read_records(file: Path) -> tuple[list[Record], Format]:
         return records, known.most_common(1)[0][0]
     readable = [record.fields for record in records if not record.error]
     if readable:
-        keys = ", ".join(sorted({key.lower() for key in readable[0]}))
+        keys = ", ".join(sorted({key.lower() for key in readable[0]})) or "none"
         reasons = "; ".join(f"{form.rule}: {misfit(readable[0], form)}" for form in FORMATS)
-        raise InputError(f"{file}: a record with the keys {keys} has no known format ({reasons})")
+        raise InputError(f"{file}: a record with the keys {keys} is of no known format ({reasons})")
     found = f"{records[0].place}: {records[0].error}" if records else "none"
     raise InputError(f"{file}: expected records with a question and an answer, found {found}")
 
