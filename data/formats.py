@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """How a record is recognized and read."""
+    """How a record is recognized and read. A key in lower case stands for any spelling of it."""
     rule: str
     keys: tuple[str, ...]        # all must be there; "answer" stands for any of ANSWERS
     marks: tuple[str, ...] = ()  # one must be there: a key, or key=value
@@ -15,15 +15,17 @@ class Format(NamedTuple):
 
 FORMATS = (  # the first that fits a record counts
     Format("2wiki", ("question", "answer", "context"),
-           ("evidences", "evidences_id", "entity_ids", "answer_id", "type=compositional",
-            "type=inference", "type=bridge_comparison"), ("sentences", "content"), join=" "),
-    # HotpotQA's sentences include the space between them.
+           marks=("evidences", "evidences_id", "entity_ids", "answer_id", "type=compositional",
+                  "type=inference", "type=bridge_comparison"),
+           texts=("sentences", "content"), join=" "),
     Format("hotpotqa", ("question", "answer", "context"),
-           ("type=bridge", "level=easy", "level=medium", "level=hard"), ("sentences",)),
+           marks=("type=bridge", "level=easy", "level=medium", "level=hard"),
+           texts=("sentences",)),  # they include the space between them
     Format("musique", ("question", "answer", "paragraphs"), texts=("paragraph_text",)),
+    # The rest has at most a plain text, in `context`.
     Format("bamboogle", ("Question", "Answer")),
     Format("common", ("question", "answer")),
-    Format("common", ("text", "golds")),
+    Format("common", ("text", "golds")),  # the questions of the fictional world
 )
 ANSWERS = ("answer", "answers", "golden_answers", "golds")
 ALIASES = ("answer_aliases", "aliases")
@@ -37,7 +39,7 @@ def fields_of(row: object) -> dict:
     are left out. Raise ValueError if a part of the record is lost or counted twice."""
     if isinstance(row, dict) and "row" in row and row.keys() <= VIEWER:
         if row.get("truncated_cells"):
-            raise ValueError(f"the viewer of the hub has cut {', '.join(row['truncated_cells'])}")
+            raise ValueError(f"the viewer of the hub has cut {row['truncated_cells']!r:.40}")
         row = row["row"]
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -60,7 +62,7 @@ def misfit(fields: dict, form: Format) -> str:
     if marks and not any(_has(fields, key, value) for key, _, value in marks):
         return f"none of {', '.join(form.marks)}"
     try:
-        paragraphs_of(fields, form)
+        _paragraphs(fields, form)
     except ValueError as error:
         return str(error)
     return ""
@@ -70,7 +72,23 @@ def _has(fields: dict, key: str, value: str) -> bool:
     return key in fields and value in ("", fields[key])
 
 
-def paragraphs_of(fields: dict, form: Format) -> str:
+def content_of(fields: dict, form: Format) -> tuple[str, list[str], str]:
+    """Return question, golds and paragraphs of a record, whether it has a mark or not.
+    Raise ValueError with the reason if it is bad."""
+    problem = misfit(fields, form._replace(marks=()))
+    if problem:
+        raise ValueError(problem)
+    # A lone surrogate raises UnicodeEncodeError, a ValueError. No tokenizer accepts one.
+    json.dumps(fields, ensure_ascii=False).encode()
+    if str(fields.get("answerable")).lower() == "false":
+        raise ValueError("not answerable (a record of MuSiQue-Full)")
+    question = fields[form.keys[0]]
+    if not _is_text(question):
+        raise ValueError(f"the question should be a non-empty string, found {question!r:.40}")
+    return question.strip(), _golds(fields), _paragraphs(fields, form)
+
+
+def _paragraphs(fields: dict, form: Format) -> str:
     """Return the context as it is, or titled paragraphs as lines "title: text"."""
     if not form.texts:
         context = _decoded(fields.get("context", ""))
@@ -99,7 +117,7 @@ def _paragraph(part: object, form: Format) -> str:
     raise TypeError
 
 
-def golds_of(fields: dict) -> list[str]:
+def _golds(fields: dict) -> list[str]:
     """Return the accepted answers. Several keys may hold them if one of them holds all."""
     keys = [key for key in ANSWERS if key in fields]
     found = [_answers(fields[key]) for key in keys]
@@ -119,7 +137,7 @@ def _answers(value: object) -> list[str]:
     parts = held if isinstance(held, list) else [held]
     parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     texts = [str(part) if type(part) is int else part for part in parts]
-    if not texts or not all(map(is_text, texts)):
+    if not texts or not all(map(_is_text, texts)):
         raise ValueError(f"each answer should be a non-empty string, found {value!r:.40}")
     return list(dict.fromkeys(texts))
 
@@ -134,5 +152,5 @@ def _decoded(value: object) -> object:
         raise ValueError(f"a list that is not JSON: {value!r:.40}") from None
 
 
-def is_text(value: object) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and value.strip() != ""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import InputError, read_file
-from data.formats import FORMATS, IDS, Format, fields_of, golds_of, is_text, misfit, paragraphs_of
+from data import InputError, printable, read_file
+from data.formats import FORMATS, IDS, Format, content_of, fields_of, misfit
 
 SPACE = re.compile(r"\s*")
 
@@ -55,14 +55,18 @@ def read_questions(path: Path, skip_bad: bool = False) -> Questions:
     bad: list[str] = []
     for record in records:
         try:
-            question, golds, paragraphs = _content(record, form)
+            if record.error:
+                raise ValueError(record.error)
+            question, golds, paragraphs = content_of(record.fields, form)
+            if record.form not in (None, form):
+                raise ValueError(f"a record of {record.form.rule} among records of {form.rule}")
             if record.id in items:
                 raise ValueError("the id occurs twice")
             more = aliases.get(str(record.fields.get("answer_id")), [])
             golds += [alias for alias in more if alias not in golds]
             items[record.id] = Item(record.id, question, golds, file.stem, rule, paragraphs)
         except ValueError as error:
-            bad.append(f"{file}: {record.place}: {error}")
+            bad.append(f"{file}: {record.place}: {printable(str(error))}")
     if not items:
         raise InputError(f"{file}: all {len(records)} records are bad; the first: {bad[0]}")
     if bad and not skip_bad:
@@ -89,55 +93,45 @@ def _alias_file(file: Path, records: list[Record], form: Format) -> Path | None:
 
 def _read_aliases(path: Path) -> dict[str, list[str]]:
     """Return {Wikidata id: aliases} from 2Wiki's id_aliases.json."""
+    aliases = {}
     try:
-        return {row["Q_id"]: [*row["aliases"], *row["demonyms"]] for _, row in _read_rows(path)}
+        for _, row in _read_rows(path):
+            names = [*row["aliases"], *row["demonyms"]]
+            "".join(names)  # TypeError if one is not a text
+            aliases[row["Q_id"]] = names
+        if not aliases:
+            raise KeyError
     except (TypeError, KeyError):
         raise InputError(f"{path}: expected Q_id, aliases and demonyms in each line") from None
+    return aliases
 
 
 def _read_records(file: Path) -> tuple[list[Record], Format]:
     """Return the records of a file, and the format of most of them."""
-    records = []
-    for number, (place, row) in enumerate(_read_rows(file), 1):
-        fields: dict = {}
-        error = ""
-        try:
-            fields = fields_of(row)
-        except ValueError as problem:
-            error = str(problem)
-        ids = [str(fields[key]) for key in IDS if key in fields]
-        note = f" ({ids[0]!r:.40})" if ids else ""
-        fitting = [form for form in FORMATS if not misfit(fields, form)]
-        records.append(Record(place + note, (ids or [str(number)])[0], fields,
-                              (fitting or [None])[0], error))
+    rows = _read_rows(file)
+    records = [_to_record(place, row, number) for number, (place, row) in enumerate(rows, 1)]
     known = Counter(record.form for record in records if record.form)
     if known:
         return records, known.most_common(1)[0][0]
     readable = [record.fields for record in records if not record.error]
     if readable:
-        keys = ", ".join(sorted({key.lower() for key in readable[0]})) or "none"
+        keys = printable(", ".join(sorted({key.lower() for key in readable[0]}))) or "none"
         reasons = "; ".join(f"{form.rule}: {misfit(readable[0], form)}" for form in FORMATS)
         raise InputError(f"{file}: a record with the keys {keys} is of no known format ({reasons})")
-    found = f"{records[0].place}: {records[0].error}" if records else "none"
+    found = f"{records[0].place}: {printable(records[0].error)}" if records else "none"
     raise InputError(f"{file}: expected records with a question and an answer, found {found}")
 
 
-def _content(record: Record, form: Format) -> tuple[str, list[str], str]:
-    """Return question, golds, paragraphs. Raise ValueError with the reason if a record is bad."""
-    fields = record.fields
-    problem = record.error or misfit(fields, form._replace(marks=()))
-    if problem:
-        raise ValueError(problem)
-    if record.form not in (None, form):
-        raise ValueError(f"a record of {record.form.rule} among records of {form.rule}")
-    # A lone surrogate raises UnicodeEncodeError, a ValueError. No tokenizer accepts one.
-    json.dumps(fields, ensure_ascii=False).encode()
-    if str(fields.get("answerable")).lower() == "false":
-        raise ValueError("not answerable (a record of MuSiQue-Full)")
-    question = fields[form.keys[0]]
-    if not is_text(question):
-        raise ValueError(f"the question should be a non-empty string, found {question!r:.40}")
-    return question.strip(), golds_of(fields), paragraphs_of(fields, form)
+def _to_record(place: str, row: object, number: int) -> Record:
+    try:
+        fields = fields_of(row)
+    except ValueError as error:
+        return Record(place, str(number), {}, None, str(error))
+    ids = [str(fields[key]) for key in IDS if key in fields]
+    form = next((form for form in FORMATS if not misfit(fields, form)), None)
+    if ids:
+        return Record(f"{place} ({ids[0]!r:.40})", ids[0], fields, form, "")
+    return Record(place, str(number), fields, form, "")
 
 
 def _read_rows(path: Path) -> list[tuple[str, object]]:

@@ -119,7 +119,7 @@ BROKEN = [  # file, what happens to its third record, what the message says
     ("plain.jsonl", lambda r: r | {"golden_answers": [["x"], ["y"]]}, "answer"), ("plain.jsonl", lambda r: r | {"golden_answers": {"value": "x"}}, "value"),
     ("plain.jsonl", lambda r: r | {"answer": "x"}, "answer and golden_answers hold different"),
     ("plain.jsonl", lambda r: r | {"context": [["T", ["One."]]]}, "paragraphs"), ("plain.jsonl", lambda r: r | {"paragraphs": ["One."]}, "paragraphs"),
-    ("plain.jsonl", lambda r: {"row_idx": 2, "row": r, "truncated_cells": ["question"]}, "viewer of the hub has cut question"),
+    ("plain.jsonl", lambda r: {"row_idx": 2, "row": r, "truncated_cells": ["question"]}, "viewer of the hub has cut .'question'"),
     ("plain.jsonl", lambda r: "{", "line 3.*not a JSON object"), ("bamboogle.jsonl", lambda r: r | {"Answer": True}, "answer"),
     ("bamboogle.jsonl", lambda r: r | {"Answer": 0.5}, "answer"), ("bamboogle.jsonl", lambda r: r | {"Answer": "['a', 'b']"}, "not JSON"),
 ]
@@ -256,6 +256,14 @@ def test_aliases_count_only_where_an_answer_has_an_id(tmp_path):
     assert question_files([str(aliased / "dev.json"), CASES / "plain.jsonl"]) == [aliased / "dev.json", aliased / "id_aliases.json", CASES / "plain.jsonl"]
     with pytest.raises(InputError, match="none.json: no such file"):
         question_files([CASES / "none.json"])
+
+
+@pytest.mark.parametrize("line", [{"Q_id": "Q1", "aliases": []}, {"Q_id": "Q1", "aliases": [None], "demonyms": []}, {"Q_id": [], "aliases": [], "demonyms": []}, 7])
+def test_a_broken_file_of_aliases_is_named(line, tmp_path):
+    path = written(tmp_path, "aliased.json")
+    (tmp_path / "id_aliases.json").write_text(json.dumps(line))
+    with pytest.raises(InputError, match="id_aliases.json: expected Q_id, aliases and demonyms"):
+        read_questions(path)
 
 
 def test_a_pipe_is_read_more_than_once(tmp_path, monkeypatch):
