@@ -105,20 +105,25 @@ BROKEN = [  # file, what happens to its third record, what the message says
     ("hotpot.json", without("answer"), "record 3.*q2.*no answer"), ("hotpot.json", lambda r: r | {"question": " "}, "question should"),
     ("hotpot.json", lambda r: r | {"answer": None}, "no answer"), ("hotpot.json", lambda r: r | {"context": "x"}, "paragraphs"),
     ("hotpot.json", lambda r: r | {"_id": "q0"}, "twice"), ("hotpot.json", lambda r: 7, "not a JSON object"),
-    ("hotpot.json", lambda r: r | {"context": [["T", [1]]]}, "paragraphs"), ("hotpot.json", lambda r: r | {"context": ["ab"]}, "paragraphs"),
+    ("hotpot.json", lambda r: r | {"context": [["T", [1]]]}, "paragraphs"),
+    ("hotpot.json", lambda r: r | {"context": ["ab"]}, "paragraphs"),
     ("hotpot.json", lambda r: r | {"context": {"title": ["T", "U"], "sentences": [["One."]]}}, "paragraphs"),
     ("hotpot.json", lambda r: r | {"context": "[['T', ['One.']]]"}, "not JSON"),
     ("hotpot.json", lambda r: r | {"Answer": "x"}, "two values of answer"),
     ("hotpot.json", lambda r: two_wiki(2, "a", "b"), "of 2wiki among records of hotpotqa"),
     ("2wiki.json", lambda r: wiki(2, "a", "b"), "of hotpotqa among records of 2wiki"), ("2wiki.json", without("context"), "no context"),
-    ("musique.jsonl", lambda r: r | {"answerable": False}, "line 3.*2hop__2_9.*not answerable"), ("musique.jsonl", without("paragraphs"), "no paragraphs"),
-    ("musique.jsonl", lambda r: r | {"answer_aliases": True}, "answer"), ("musique.jsonl", lambda r: r | {"answer_aliases": [3.5]}, "answer"),
+    ("musique.jsonl", lambda r: r | {"answerable": False}, "line 3.*2hop__2_9.*not answerable"),
+    ("musique.jsonl", without("paragraphs"), "no paragraphs"),
+    ("musique.jsonl", lambda r: r | {"answer_aliases": True}, "answer"),
+    ("musique.jsonl", lambda r: r | {"answer_aliases": [3.5]}, "answer"),
     ("musique.jsonl", lambda r: r | {"paragraphs": [{"title": None, "paragraph_text": "x"}]}, "paragraphs"),
     ("musique.jsonl", lambda r: r | {"question": "\ud800"}, "surrogates"), ("plain.jsonl", without("golden_answers"), "no answer"),
     ("plain.jsonl", lambda r: r | {"golden_answers": []}, "answer"), ("plain.jsonl", lambda r: r | {"golden_answers": ["x", ""]}, "answer"),
-    ("plain.jsonl", lambda r: r | {"golden_answers": [["x"], ["y"]]}, "answer"), ("plain.jsonl", lambda r: r | {"golden_answers": {"value": "x"}}, "value"),
+    ("plain.jsonl", lambda r: r | {"golden_answers": [["x"], ["y"]]}, "answer"),
+    ("plain.jsonl", lambda r: r | {"golden_answers": {"value": "x"}}, "value"),
     ("plain.jsonl", lambda r: r | {"answer": "x"}, "answer and golden_answers hold different"),
-    ("plain.jsonl", lambda r: r | {"context": [["T", ["One."]]]}, "paragraphs"), ("plain.jsonl", lambda r: r | {"paragraphs": ["One."]}, "paragraphs"),
+    ("plain.jsonl", lambda r: r | {"context": [["T", ["One."]]]}, "paragraphs"),
+    ("plain.jsonl", lambda r: r | {"paragraphs": ["One."]}, "paragraphs"),
     ("plain.jsonl", lambda r: {"row_idx": 2, "row": r, "truncated_cells": ["question"]}, "viewer of the hub has cut .'question'"),
     ("plain.jsonl", lambda r: "{", "line 3.*not a JSON object"), ("bamboogle.jsonl", lambda r: r | {"Answer": True}, "answer"),
     ("bamboogle.jsonl", lambda r: r | {"Answer": 0.5}, "answer"), ("bamboogle.jsonl", lambda r: r | {"Answer": "['a', 'b']"}, "not JSON"),
@@ -146,7 +151,8 @@ LIKE_BOTH = {"_id": "a", "type": "comparison", "question": "x", "answer": "y", "
 
 
 @pytest.mark.parametrize("content, found", [
-    (b"", "none"), (b"hello\n", "none"), (b"name,age\nBo,3\n", "keys age, name .*bamboogle: no Question"), (b'{"question": "x"}', "keys question "),
+    (b"", "none"), (b"hello\n", "none"), (b"name,age\nBo,3\n", "keys age, name .*bamboogle: no Question"),
+    (b'{"question": "x"}', "keys question "),
     (b"[1, 2]", "record 1: not a JSON object"), (b'{"data": [\n1]}', "not a JSON object"), (b'[{"id": 1, "answer": "y"}]', "no question"),
     (b"[{", "not readable"), (b"\xff\xfe\x00", "not readable"), (b"[" * 100_000, "not readable"), (b'Question,Answer\n"x', "not readable"),
     (b'[{"_id": 1, "question": "x", "context": []}]', "keys _id, context, question "),
@@ -178,8 +184,10 @@ TWO = ["Ada Bo", "A. Bo"]
 DRESSES = {  # file: rule, number of records, and of the first: question, golds, paragraphs, id
     "hotpot_official.json": ("hotpotqa", 3, *ASKS, "h1"), "hotpot_columns.jsonl": ("hotpotqa", 3, *ASKS, "h1"),
     "hotpot_objects.json": ("hotpotqa", 3, *ASKS, "h1"), "hotpot_strings.csv": ("hotpotqa", 3, *ASKS, "h1"),
-    "2wiki_official.json": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"), "2wiki_strings.jsonl": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"),
-    "2wiki_columns.jsonl": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"), "2wiki_objects.jsonl": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"),
+    "2wiki_official.json": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"),
+    "2wiki_strings.jsonl": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"),
+    "2wiki_columns.jsonl": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"),
+    "2wiki_objects.jsonl": ("2wiki", 3, MOTHER, ["Mila Orn"], RED_LAKE, "w1"),
     "aliased/dev.json": ("2wiki_v1.1", 3, MOTHER, ["Mila Orn", "Ludmila Orn"], RED_LAKE, "w1"),
     "musique_official.jsonl": ("musique", 2, INN, ["Old Bero", "Bero"], TAM, "2hop__1_2"),
     "musique_no_aliases.jsonl": ("musique", 2, INN, ["Old Bero"], TAM, "2hop__1_2"),
@@ -201,7 +209,8 @@ DRESSES = {  # file: rule, number of records, and of the first: question, golds,
 }
 LAST = {  # of some: question and golds of the last record
     "hotpot_columns.jsonl": ("Where was the builder of the tower born?", ["Sorn"]), "numbers.jsonl": ("How many gates?", ["4", "four"]),
-    "2wiki_columns.jsonl": ("Who is the grandfather of Jon Orn?", ["Per Orn"]), "aliased/dev.json": ("Who is the grandfather of Jon Orn?", ["Per Orn"]),
+    "2wiki_columns.jsonl": ("Who is the grandfather of Jon Orn?", ["Per Orn"]),
+    "aliased/dev.json": ("Who is the grandfather of Jon Orn?", ["Per Orn"]),
     "musique_columns.json": ("When was the inn built?", ["1702"]), "bamboogle.csv": ("Who ruled Sorn, and when?", ["Ilo, 1200"]),
     "golden_and_answer.jsonl": ("Where?", ["Doka"]), "lists.csv": ("Where?", ["Doka"]), "pretty_records.json": ("Where?", ["Doka"]),
     "answer_aliases.jsonl": ("Where?", ["Doka"]), "bom_crlf.jsonl": ("Where?", ["Café"]), "bom_crlf.csv": ("Where?", ["Café"])}
@@ -238,7 +247,8 @@ def test_any_mark_of_2wiki_tells_it_from_hotpotqa(gone, rule, join, tmp_path):
 @pytest.mark.parametrize("kind", ["compositional", "inference", "bridge_comparison"])
 def test_a_type_tells_2wiki_for_the_records_without_one(kind, tmp_path):
     """Records of the type comparison are the same in both sets. The others of the file decide."""
-    rows = [LIKE_BOTH | {"_id": i, "type": t, "context": [["T", ["One.", "Two."]]]} for i, t in enumerate(["comparison", "comparison", kind])]
+    context = [["T", ["One.", "Two."]]]
+    rows = [LIKE_BOTH | {"_id": i, "type": t, "context": context} for i, t in enumerate(["comparison", "comparison", kind])]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     items = read_questions(tmp_path / "x.json").items
     assert [(item.rule, item.paragraphs) for item in items] == [("2wiki", "T: One. Two.")] * 3
@@ -248,17 +258,20 @@ def test_aliases_count_only_where_an_answer_has_an_id(tmp_path):
     """The file of aliases names ids of answers. Beside HotpotQA, or records without ids, it changes no score and no label."""
     aliased = CASES / "aliased"
     (tmp_path / "id_aliases.json").write_bytes((aliased / "id_aliases.json").read_bytes())
-    for name, rule in (("2wiki_strings.jsonl", "2wiki"), ("hotpot_official.json", "hotpotqa"), ("plain.jsonl", "common"), ("2wiki_official.json", "2wiki_v1.1")):
+    for name, rule in (("2wiki_strings.jsonl", "2wiki"), ("hotpot_official.json", "hotpotqa"), ("plain.jsonl", "common"),
+                       ("2wiki_official.json", "2wiki_v1.1")):
         (tmp_path / name).write_bytes((CASES / name).read_bytes())
         assert {item.rule for item in read_questions(tmp_path / name).items} == {rule}
         beside = [tmp_path / "id_aliases.json"] if rule == "2wiki_v1.1" else []
         assert question_files([tmp_path / name]) == [tmp_path / name, *beside]
-    assert question_files([str(aliased / "dev.json"), CASES / "plain.jsonl"]) == [aliased / "dev.json", aliased / "id_aliases.json", CASES / "plain.jsonl"]
+    assert question_files([str(aliased / "dev.json"), CASES / "plain.jsonl"]) == [
+        aliased / "dev.json", aliased / "id_aliases.json", CASES / "plain.jsonl"]
     with pytest.raises(InputError, match="none.json: no such file"):
         question_files([CASES / "none.json"])
 
 
-@pytest.mark.parametrize("line", [{"Q_id": "Q1", "aliases": []}, {"Q_id": "Q1", "aliases": [None], "demonyms": []}, {"Q_id": [], "aliases": [], "demonyms": []}, 7])
+@pytest.mark.parametrize("line", [{"Q_id": "Q1", "aliases": []}, {"Q_id": "Q1", "aliases": [None], "demonyms": []},
+                                  {"Q_id": [], "aliases": [], "demonyms": []}, 7])
 def test_a_broken_file_of_aliases_is_named(line, tmp_path):
     path = written(tmp_path, "aliased.json")
     (tmp_path / "id_aliases.json").write_text(json.dumps(line))
@@ -461,7 +474,8 @@ if os.environ.get("MTR_OFFICIAL"):
         assert done.returncode == 0 and "missing" not in done.stdout, done.stderr
         theirs = json.loads(done.stdout.replace("'", '"'))
         scored = list(zip(said, questions.items, strict=True))
-        ours = [sum(exact_match(s, item.golds) for s, item in scored) / len(rows), sum(f1(s, item.golds, item.rule) for s, item in scored) / len(rows)]
+        ours = [sum(exact_match(s, item.golds) for s, item in scored) / len(rows),
+                sum(f1(s, item.golds, item.rule) for s, item in scored) / len(rows)]
         assert len(questions.bad) == (43 if skip else 0) and 0.1 < ours[0] < 0.9 and any(not s.isascii() for s in said)
         assert [theirs[n] for n in names] == [pytest.approx(factor * value, abs=precision) for value in ours]
 
