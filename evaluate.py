@@ -18,10 +18,11 @@ from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.folders import lock, trained_by
 from data.options import Config, option
-from data.read import Item, read_questions, write_predictions, write_questions
+from data.read import Item, question_files, read_questions
 from data.results import majority, maker_shares, result_row
 from data.training import SETTINGS, read_all, read_done, to_records, why_not, world_seed
 from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, make_world, tool_for
+from data.write import write_predictions, write_questions
 from grpo import GRPOConfig, Simulator, measure, score_heldout
 from model import ModelConfig, Transformer, load
 from run import half_supported, pick_device, set_up
@@ -279,11 +280,11 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     if folder.exists():
         raise InputError(f"{folder}: holds a result; remove it or choose another --name")
     read = [read_questions(file, config.skip_bad) for file in config.data]
-    names = [items[0].set for items, _ in read]
+    names = [questions.items[0].set for questions in read]
     if len(set(names)) < len(names):
         raise InputError("data: two files have the same name; rename one")
     if config.grounded:
-        need_paragraphs(chain(*[items for items, _ in read]))
+        need_paragraphs(chain(*[questions.items for questions in read]))
     players = Players(config)
     if not config.data:
         held_out = [q for q in make_questions(players.world) if q.set in HELD_OUT]
@@ -291,11 +292,11 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
         read = [read_questions(file) for file in files]
     folder.mkdir(parents=True)
     rows = []
-    for items, bad in read:
-        first = items[0]
+    for questions in read:
+        first = questions.items[0]
         start = time.perf_counter()
         lines = []
-        asked = list(product(items, range(config.samples)))
+        asked = list(product(questions.items, range(config.samples)))
         with open(folder / f"{first.set}.jsonl", "w", encoding="utf-8") as file:
             for item, sample, _, trace in players.answer(asked):
                 answer = trace.answer if trace.status == "answered" else ""
@@ -303,14 +304,14 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
                               **measure(trace, item.golds, item.rule), "status": trace.status})
                 file.write(json.dumps({**lines[-1], "story": trace.story()}) + "\n")
         row = {"set": first.set, "rule": first.rule, **result_row(lines, config.samples),
-               "seconds": time.perf_counter() - start, "bad": len(bad),
+               "seconds": time.perf_counter() - start, "bad": len(questions.bad),
                "model": config.model or config.out, "temperature": config.temperature,
                "backend": players.answered_by(), "seed": config.seed}
         rows.append(row)
         (folder / f"{first.set}.json").write_text(json.dumps(row, indent=2) + "\n")
         if first.rule not in ("common", "bamboogle"):
             predictions = [line["prediction"] for line in lines[::config.samples]]
-            write_predictions(items, predictions, folder / f"{first.set}.predictions")
+            write_predictions(questions, predictions, folder / f"{first.set}.predictions")
     return rows
 
 
@@ -331,7 +332,7 @@ def make_traces(config: TracesConfig) -> Counter:
     settings = asdict(players.simulator.config)
     settings = {name: settings[name] for name in SETTINGS}
     own_tools = [config.real_tools] if config.real_tools else []
-    settings["sources"] = fingerprint(config.model, *config.data, *own_tools)
+    settings["sources"] = fingerprint(config.model, *question_files(config.data), *own_tools)
     lock(path)
     done = read_done(path, settings)
     why = Counter(done.values())

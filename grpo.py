@@ -49,6 +49,7 @@ from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_
 from data.folders import stage1_model
 from data.options import Config, command_line, option
 from data.prompts import LONG
+from data.read import question_files
 from data.results import by_set, counts, means
 from data.score import exact_match, f1, normalize
 from data.training import choose_questions, is_checkpoint, world_seed
@@ -563,7 +564,8 @@ def train_grpo(config: GRPOConfig) -> None:
     world = make_world(world_seed(config.out))
     plan, held_out = choose_questions(config, world)
     simulator = Simulator(start, config, long_prompts=bool(config.data))
-    run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS, (start, *config.data))
+    run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS,
+              (start, *question_files(config.data)))
     if run.finished:
         return
     simulator.actor.memo.update(run.state.get("memo", []))

@@ -1,13 +1,18 @@
-"""Read question files in the official formats, and write prediction files for the official scripts.
-The format is detected from the keys of the records. Nothing is downloaded."""
+"""Read question files: the benchmarks as published and as copied, and any questions with answers.
+The file may be JSON, JSON Lines or CSV. Nothing is downloaded."""
 import csv
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from data import InputError
+from data import InputError, printable, read_file
+from data.formats import FORMATS, IDS, Format, content_of, fields_of, misfit
+
+SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -17,201 +22,186 @@ class Item:
     text: str
     golds: list[str]       # accepted answers
     set: str               # file name without its suffix
-    rule: str              # scoring rule: a key of FORMATS, or "2wiki_v1.1"
+    rule: str              # scoring rule: one of FORMATS, or "2wiki_v1.1"
     paragraphs: str = ""   # the ToolActor receives them with --grounded
 
 
-# Format: the keys that identify its records. The first match counts, so 2Wiki precedes HotpotQA.
-FORMATS = {
-    "2wiki": ("_id", "question", "answer", "context", "evidences"),
-    "hotpotqa": ("_id", "question", "answer", "context"),
-    "musique": ("id", "question", "answer", "answer_aliases", "paragraphs"),
-    "bamboogle": ("Question", "Answer"),
-    "common": ("question", "golden_answers"),
-}
+class Questions(NamedTuple):
+    """The questions of a file, a message for each skipped record, the ids of all its records."""
+    items: list[Item]
+    bad: list[str]
+    ids: list[str]   # the number of the record where it has no id
 
 
-def read_questions(path: Path, skip_bad: bool = False) -> tuple[list[Item], list[str]]:
-    """Return the questions of a file, and a message for each skipped record.
-    Raise InputError if the format is unknown, a record is bad and not skipped, or all are bad. As
-    in the v1.1 script of 2Wiki, a file id_aliases.json in the same folder adds golds."""
+class Record(NamedTuple):
+    """A record of a file. An unreadable one has no fields."""
+    place: str
+    id: str
+    fields: dict
+    form: Format | None   # the first of FORMATS that fits
+    error: str
+
+
+def read_questions(path: Path, skip_bad: bool = False) -> Questions:
+    """Return the questions of a file. Raise InputError if its format is unknown, or if a record is
+    bad and not skipped, or if all are bad. As in the v1.1 script of 2Wiki, a file id_aliases.json
+    in the same folder adds golds."""
     file = Path(path)
-    rows = _read_rows(file)
-    form = _file_format(file, rows)
-    aliases = _read_aliases(file.parent / "id_aliases.json") if form == "2wiki" else None
-    items: list[Item] = []
-    seen_ids: set[str] = set()
+    records, form = _read_records(file)
+    alias_file = _alias_file(file, records, form)
+    aliases = _read_aliases(alias_file) if alias_file else {}
+    rule = "2wiki_v1.1" if alias_file else form.rule
+    items: dict[str, Item] = {}
     bad: list[str] = []
-    for number, (place, row) in enumerate(rows, 1):
+    for record in records:
         try:
-            item = _to_item(file.stem, form, row, number, aliases)
-            if item.id in seen_ids:
+            if record.error:
+                raise ValueError(record.error)
+            question, golds, paragraphs = content_of(record.fields, form)
+            if record.form not in (None, form):
+                raise ValueError(f"a record of {record.form.rule} among records of {form.rule}")
+            if record.id in items:
                 raise ValueError("the id occurs twice")
-            seen_ids.add(item.id)
-            items.append(item)
+            more = aliases.get(str(record.fields.get("answer_id")), [])
+            golds += [alias for alias in more if alias not in golds]
+            items[record.id] = Item(record.id, question, golds, file.stem, rule, paragraphs)
         except ValueError as error:
-            bad.append(f"{file}: {place}{_id_note(row)}: {error}")
-    if bad and not skip_bad:
-        raise InputError(f"{bad[0]}; {len(bad)} of {len(rows)} records are bad; try --skip-bad")
+            bad.append(f"{file}: {record.place}: {printable(str(error))}")
     if not items:
-        raise InputError(f"{file}: all {len(rows)} records are bad; the first: {bad[0]}")
-    return items, bad
+        raise InputError(f"{file}: all {len(records)} records are bad; the first: {bad[0]}")
+    if bad and not skip_bad:
+        raise InputError(f"{bad[0]}; {len(bad)} of {len(records)} records are bad; try --skip-bad")
+    return Questions(list(items.values()), bad, [record.id for record in records])
+
+
+def question_files(paths: list[Path]) -> list[Path]:
+    """Return the files that a result on these questions depends on: each file, and the
+    id_aliases.json that adds golds to it. Raise InputError if the format of a file is unknown."""
+    files = []
+    for file in map(Path, paths):
+        alias_file = _alias_file(file, *_read_records(file))
+        files += [file, alias_file] if alias_file else [file]
+    return files
+
+
+def _alias_file(file: Path, records: list[Record], form: Format) -> Path | None:
+    """Return the id_aliases.json beside a file of 2Wiki, if any answer of it has an id."""
+    path = file.parent / "id_aliases.json"
+    has_ids = any("answer_id" in record.fields for record in records)
+    return path if form.rule == "2wiki" and has_ids and path.exists() else None
+
+
+def _read_aliases(path: Path) -> dict[str, list[str]]:
+    """Return {Wikidata id: aliases} from 2Wiki's id_aliases.json."""
+    aliases = {}
+    try:
+        for _, row in _read_rows(path):
+            names = [*row["aliases"], *row["demonyms"]]
+            "".join(names)  # TypeError if one is not a text
+            aliases[row["Q_id"]] = names
+        if not aliases:
+            raise KeyError
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: expected Q_id, aliases and demonyms in each line") from None
+    return aliases
+
+
+def _read_records(file: Path) -> tuple[list[Record], Format]:
+    """Return the records of a file, and the format of most of them."""
+    rows = _read_rows(file)
+    records = [_to_record(place, row, number) for number, (place, row) in enumerate(rows, 1)]
+    known = Counter(record.form for record in records if record.form)
+    if known:
+        return records, known.most_common(1)[0][0]
+    readable = [record.fields for record in records if not record.error]
+    if readable:
+        keys = printable(", ".join(sorted({key.lower() for key in readable[0]}))) or "none"
+        reasons = "; ".join(f"{form.rule}: {misfit(readable[0], form)}" for form in FORMATS)
+        raise InputError(f"{file}: a record with the keys {keys} is of no known format ({reasons})")
+    found = f"{records[0].place}: {printable(records[0].error)}" if records else "none"
+    raise InputError(f"{file}: expected records with a question and an answer, found {found}")
+
+
+def _to_record(place: str, row: object, number: int) -> Record:
+    try:
+        fields = fields_of(row)
+    except ValueError as error:
+        return Record(place, str(number), {}, None, str(error))
+    ids = [str(fields[key]) for key in IDS if key in fields]
+    form = next((form for form in FORMATS if not misfit(fields, form)), None)
+    if ids:
+        return Record(f"{place} ({ids[0]!r:.40})", ids[0], fields, form, "")
+    return Record(place, str(number), fields, form, "")
 
 
 def _read_rows(path: Path) -> list[tuple[str, object]]:
-    """Return (place, record) for each record of a file. Error messages quote the place."""
+    """Return (place, value) for each record of a file. Error messages quote the place.
+    Raise InputError if the file is neither JSON nor CSV."""
+    content = read_file(path)
     try:
-        return _parse_rows(path.read_text(encoding="utf-8-sig").strip())
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: not readable as UTF-8 JSON, JSONL or CSV ({reason})") from None
+        text = content.decode("utf-8-sig").rstrip()
+        is_json = text.lstrip().startswith(("[", "{"))
+        return _json_rows(text) if is_json else _csv_rows(text.lstrip("\r\n"))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise InputError(f"{path}: not readable as UTF-8 JSON, JSONL or CSV ({error})") from None
 
 
-def _parse_rows(text: str) -> list[tuple[str, object]]:
-    """Parse a JSON list, JSON lines or CSV. The first character decides which."""
-    if text.startswith("["):
-        return [(f"record {i}", row) for i, row in enumerate(json.loads(text), 1)]
-    if text.startswith("{"):
-        lines = enumerate(text.split("\n"), 1)
-        return [(f"line {i}", _parse_line(line)) for i, line in lines if line.strip()]
-    csv_rows = csv.DictReader(io.StringIO(text), strict=True)
-    return [(f"row {i}", row) for i, row in enumerate(csv_rows, 1)]
-
-
-def _parse_line(line: str) -> object:
-    """Parse a line of JSON. Return an invalid line unchanged; it counts as a bad record later."""
+def _json_rows(text: str) -> list[tuple[str, object]]:
+    """Read values one after another. A single list, or an object with one, holds the records."""
     try:
-        return json.loads(line)
+        rows = _json_values(text)
     except (ValueError, RecursionError):
-        return line
+        rows = _json_lines(text)
+        # Few lines of a broken file of another form are objects.
+        if sum(isinstance(row, dict) for _, row in rows) < len(rows) / 2:
+            raise
+    if len(rows) > 1:
+        return rows
+    held = _held(rows[0][1])
+    return rows if held is None else [(f"record {i}", row) for i, row in enumerate(held, 1)]
 
 
-def _file_format(path: Path, rows: list[tuple[str, object]]) -> str:
-    """Return the format of most records. Raise InputError if no record has a known format."""
-    formats = [_record_format(row) for _, row in rows]
-    known = [form for form in formats if form is not None]
-    if known:
-        return Counter(known).most_common(1)[0][0]
-    found = "none"
-    objects = [row for _, row in rows if isinstance(row, dict)]
-    if objects:
-        keys = sorted(map(str, objects[0]))
-        found = f"a record with the keys {', '.join(keys[:8])}"
-    raise InputError(f"{path}: expected records of HotpotQA, 2Wiki, MuSiQue or Bamboogle, "
-                     f"or records with question and golden_answers; found {found}")
+def _held(value: object) -> list | None:
+    """Return the records that a list, {"data": [...]} or {"rows": [...]} holds. None otherwise."""
+    if isinstance(value, dict) and "question" not in map(str.lower, value):
+        lists = [value[key] for key in ("data", "rows") if isinstance(value.get(key), list)]
+        return lists[0] if len(lists) == 1 else None
+    return value if isinstance(value, list) else None
 
 
-def _record_format(row: object) -> str | None:
-    if isinstance(row, dict):
-        for form, keys in FORMATS.items():
-            if row.keys() >= set(keys):
-                return form
-    return None
+def _json_values(text: str) -> list[tuple[str, object]]:
+    """Parse values that stand one after another. Each may take any number of lines."""
+    rows = []
+    line = 1
+    end = 0
+    while end < len(text):
+        start = SPACE.match(text, end).end()
+        line += text.count("\n", end, start)
+        value, end = json.JSONDecoder().raw_decode(text, start)
+        rows.append((f"line {line}", value))
+        line += text.count("\n", start, end)
+    return rows
 
 
-def _to_item(name: str, form: str, row: object, number: int, aliases: dict | None) -> Item:
-    """Convert a record to an Item. Raise ValueError with the reason if the record is bad."""
-    _check_record(form, row)
-    try:
-        paragraphs = _paragraphs(form, row)
-        golds = _golds(form, row)
-    except (TypeError, ValueError, KeyError):
-        raise ValueError("the paragraphs or aliases don't have the format's shape") from None
-    question = row.get("question", row.get("Question"))
-    _check_content(row, question, golds)
-    rule = form
-    if aliases is not None:
-        rule = "2wiki_v1.1"
-        more = aliases.get(str(row.get("answer_id")), [])
-        golds = golds + [alias for alias in more if alias not in golds]
-    item_id = str(row.get("_id", row.get("id", number)))
-    return Item(item_id, question.strip(), golds, name, rule, paragraphs)
+def _json_lines(text: str) -> list[tuple[str, object]]:
+    """Parse each line. A broken line stays a text, which is no record."""
+    rows: list[tuple[str, object]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = line
+        if line.strip():
+            rows.append((f"line {number}", value))
+    return rows
 
 
-def _check_record(form: str, row: object) -> None:
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    for key in FORMATS[form]:
-        if key not in row:
-            raise ValueError(f"no {key}")
-    # A lone surrogate raises UnicodeEncodeError, a ValueError. No tokenizer accepts one.
-    json.dumps(row, ensure_ascii=False).encode()
-
-
-def _paragraphs(form: str, row: dict) -> str:
-    """Return the paragraphs of a record, one line "title: text" each."""
-    if form == "musique":
-        return "\n".join(f"{part['title']}: {part['paragraph_text']}" for part in row["paragraphs"])
-    if form in ("hotpotqa", "2wiki"):
-        # HotpotQA's sentences include the space between them; 2Wiki's don't.
-        join = " ".join if form == "2wiki" else "".join
-        return "\n".join(f"{title}: {join(sentences)}" for title, sentences in row["context"])
-    return ""
-
-
-def _golds(form: str, row: dict) -> list[str]:
-    golds = row.get("golden_answers")
-    if golds is None:
-        golds = [row.get("answer", row.get("Answer"))]
-    if form == "musique":
-        golds = [*golds, *row["answer_aliases"]]
-    return golds
-
-
-def _check_content(row: dict, question: object, golds: object) -> None:
-    if row.get("answerable") is False:
-        raise ValueError("not answerable (a record of MuSiQue-Full)")
-    if not _is_text(question):
-        raise ValueError(f"the question should be a non-empty string, found {question!r:.40}")
-    if not isinstance(golds, list) or not golds or not all(map(_is_text, golds)):
-        raise ValueError(f"each answer should be a non-empty string, found {golds!r:.40}")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _id_note(row: object) -> str:
-    """Return the id of a record in parentheses, or "" if it has none."""
-    for key in ("_id", "id"):
-        if isinstance(row, dict) and key in row:
-            return f" ({row[key]!r:.40})"
-    return ""
-
-
-def _read_aliases(path: Path) -> dict[str, list[str]] | None:
-    """Return {Wikidata id: aliases} from 2Wiki's id_aliases.json, or None if it doesn't exist."""
-    if not path.exists():
-        return None
-    try:
-        return {row["Q_id"]: [*row["aliases"], *row["demonyms"]] for _, row in _read_rows(path)}
-    except (TypeError, KeyError):
-        raise InputError(f"{path}: expected Q_id, aliases and demonyms in each line") from None
-
-
-def write_questions(questions: list, folder: Path) -> list[Path]:
-    """Write one file per set in the format "common" and return the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {q.set: folder / f"{q.set}.jsonl" for q in questions}
-    for name, path in paths.items():
-        of_set = [q for q in questions if q.set == name]
-        rows = [{"id": q.id, "question": q.text, "golden_answers": q.golds} for q in of_set]
-        path.write_text(_json_lines(rows), encoding="utf-8")
-    return list(paths.values())
-
-
-def write_predictions(items: list[Item], answers: list[str], path: Path) -> None:
-    """Write a prediction file for the official script; answers[i] is the answer to items[i].
-    Supporting facts and evidence are left empty."""
-    answer_of = {item.id: answer for item, answer in zip(items, answers, strict=True)}
-    if items[0].rule == "musique":
-        unused = {"predicted_support_idxs": [], "predicted_answerable": True}
-        rows = [{"id": i, "predicted_answer": a, **unused} for i, a in answer_of.items()]
-    else:
-        empty: dict[str, list] = {item.id: [] for item in items}
-        rows = [{"answer": answer_of, "sp": empty, "evidence": empty}]
-    path.write_text(_json_lines(rows), encoding="utf-8")
-
-
-def _json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _csv_rows(text: str) -> list[tuple[str, object]]:
+    """Read a header and rows. The delimiter is the one that splits the header most."""
+    header = text.partition("\n")[0]
+    delimiter = max(",\t;", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    return [(f"row {i}", row) for i, row in enumerate(reader, 1)]

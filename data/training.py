@@ -144,7 +144,7 @@ def read_all(files: tuple, skip_bad: bool) -> list[Item]:
     """The questions of several files, with ids that are unique over all of them."""
     items = []
     for number, file in enumerate(files):
-        found, _ = read_questions(file, skip_bad)
+        found = read_questions(file, skip_bad).items
         items += [replace(item, id=f"{number} {item.id}") for item in found]
     return items
 

@@ -17,7 +17,8 @@ LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 360, "grpo.py": 590, "s
          "data/tokenizer.py": 115, "data/turns.py": 165, "data/prompts.py": 100,
          "data/training.py": 175, "data/own.py": 105, "data/tables.py": 80, "data/page.py": 90,
          "data/show.py": 140, "data/compare.py": 110, "data/folders.py": 115,
-         "data/__init__.py": 60, "data/checkpoint.py": 85}
+         "data/formats.py": 160, "data/write.py": 50, "data/__init__.py": 60,
+         "data/checkpoint.py": 85}
 GROUPS = {  # files: bytes and lines together
     ("model", "agents", "sft", "grpo", "mtr"): (118_000, 2500),
     ("run", "evaluate", "report"): (38_000, 740)}
@@ -131,7 +132,7 @@ def complexity(text):
 
 
 def test_every_source_file_has_a_ceiling():
-    assert sorted(LINES) == SOURCES and len(SOURCES) == 29
+    assert sorted(LINES) == SOURCES and len(SOURCES) == 31
 
 
 @pytest.mark.parametrize("name", LINES)

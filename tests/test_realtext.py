@@ -50,7 +50,7 @@ def test_the_known_misses_are_few():
 
 def test_the_records_of_2wiki_are_in_the_official_format():
     """Each evidence is about a supporting paragraph, and no distractor's triple has the answer."""
-    items, bad = read_questions(gold.CASES / "2wiki.json")
+    items, bad, _ = read_questions(gold.CASES / "2wiki.json")
     assert len(items) == 20 and not bad and {item.rule for item in items} == {"2wiki"}
     kinds = [record["type"] for record in gold.records("2wiki")]
     assert all(kinds.count(kind) == 5 for kind in ("comparison", "inference", "compositional", "bridge_comparison"))
