@@ -491,7 +491,7 @@ def piped(tmp_path, content):
     """The path of a pipe, such as <(zcat a.gz), which another thread fills once."""
     path = tmp_path / "63"
     os.mkfifo(path)
-    thread = threading.Thread(target=path.write_bytes, args=(content,))
+    thread = threading.Thread(target=path.write_bytes, args=(content,), daemon=True)
     thread.start()
     yield path
     thread.join()
@@ -522,6 +522,53 @@ def test_stage_0_does_not_go_on_with_another_pipe_of_the_same_name(stand_in, fol
         assert make_traces(teacher(folder, path)) == made
     with piped(tmp_path, with_gold(data, "Doka")) as path, pytest.raises(InputError, match="was begun with sources"):
         make_traces(teacher(folder, path))
+
+
+@pytest.fixture
+def two_wiki(tmp_path):
+    """The questions as 2Wiki's, all with the answer of the id Q1, and the file of aliases, which is not written yet."""
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps([{"_id": f"q{i}", "question": question[0], "answer": "Nobody", "answer_id": "Q1", "type": "inference",
+                                 "context": [["T", ["One."]]]} for i, question in enumerate(QUESTIONS)]))
+    return path, tmp_path / "id_aliases.json"
+
+
+def test_aliases_that_are_added_between_count(stand_in, folder, two_wiki):
+    path, aliases = two_wiki
+    row, = evaluate_files(config(folder, path, name="before"))
+    assert (row["em"], row["rule"]) == (0, "2wiki")
+    aliases.write_text(json.dumps({"Q_id": "Q1", "aliases": ["Velka"], "demonyms": []}))
+    row, = evaluate_files(config(folder, path, name="after"))
+    assert (row["em"], row["rule"]) == (1 / 6, "2wiki_v1.1")
+
+
+def test_stage_0_does_not_go_on_with_other_aliases(stand_in, folder, two_wiki):
+    path, aliases = two_wiki
+    make_traces(teacher(folder, path))
+    aliases.write_text(json.dumps({"Q_id": "Q1", "aliases": ["Velka"], "demonyms": []}))
+    with pytest.raises(InputError, match="was begun with sources"):
+        make_traces(teacher(folder, path))
+
+
+def test_stage_2_depends_on_the_aliases_beside_its_questions(folder, two_wiki, monkeypatch, tmp_path, out):
+    """config.json names the bytes of the model, the questions and the aliases."""
+    path, aliases = two_wiki
+    record = json.loads(path.read_text())[0]
+    path.write_text(json.dumps([record | {"_id": f"{i}", "question": f"Who is {i}?"} for i in range(60)]))
+    monkeypatch.setattr(grpo, "loop", lambda *_: None)
+    monkeypatch.setattr(grpo.Simulator, "make_tools", lambda *_: None)
+    finished_run(folder, out)
+    shutil.rmtree(out / "grpo")
+    start = out / "sft" / "model"
+    for content in (None, ["Velka"], ["Doka"]):
+        files = [path] if content is None else [path, aliases]
+        if content is not None:
+            aliases.write_text(json.dumps({"Q_id": "Q1", "aliases": content, "demonyms": []}))
+        train = grpo.GRPOConfig(out=str(out), data=(str(path),), steps=1, questions=2, trace_tokens=256)
+        grpo.train_grpo(train)
+        begun = json.loads((out / "grpo" / "config.json").read_text())
+        assert begun["sha256_of_model_and_data"] == fingerprint(start, *files)
+        shutil.rmtree(out / "grpo")
 
 
 def test_two_programs_do_not_write_to_one_file_of_traces(stand_in, folder, data):
