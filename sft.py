@@ -121,11 +121,14 @@ def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
 #   maker   question, rejected, thought, kind, tools
 #   actor   tool, exchanges: pairs of arguments and result. Many calls share one tool definition,
 #           to save tokens. In a rollout, a ToolActor conversation has one call.
+# OpenAI messages (see data/messages.py) have role agent and other keys: system, tools, turns.
 Turns = list[tuple[list[str], list[str]]]  # per turn: what the role generates, what it receives
 
 
 def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str], Turns]:
     """A recorded conversation -> its prompt and its turns."""
+    if "system" in record:
+        return _chat_conversation(record)
     if record["role"] == "agent":
         return _agent_conversation(record, prompts)
     if record["role"] == "maker":
@@ -158,6 +161,23 @@ def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turn
             received = ["\n", *agents.results_turn(results), *header]
             turns.append((agents.assistant_content(thought, turn["calls"]), received))
     return AutoAgent.prompt(prompts, record["question"], tools), turns
+
+
+def _chat_conversation(record: dict) -> tuple[list[str], Turns]:
+    """split_conversation for OpenAI messages, as Qwen2.5's chat template prints them."""
+    generated = []
+    received = [agents.system_turn(record["system"], record["tools"])]  # before each reply
+    for turn in record["turns"]:
+        for message in turn["heard"]:
+            if message["role"] == "tool":
+                received[-1] += agents.results_turn(message["results"])
+            else:
+                content = agents.assistant_content(message["content"], message["calls"])
+                received[-1] += agents.chat_turn(message["role"], *content)
+        received[-1] += agents.GENERATE
+        generated.append(agents.assistant_content(turn["content"], turn["calls"]))
+        received.append(["\n"])
+    return received[0], list(zip(generated, [*received[1:-1], []], strict=True))
 
 
 def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
