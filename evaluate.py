@@ -333,6 +333,7 @@ def make_traces(config: TracesConfig) -> Counter:
     settings = {name: settings[name] for name in SETTINGS}
     own_tools = [config.real_tools] if config.real_tools else []
     settings["sources"] = fingerprint(config.model, *question_files(config.data), *own_tools)
+    settings["prompts"] = asdict(players.simulator.tokenizer.prompts)
     lock(path)
     done = read_done(path, settings)
     why = Counter(done.values())

@@ -55,9 +55,9 @@ from data.score import exact_match, f1, normalize
 from data.training import choose_questions, is_checkpoint, world_seed
 from data.words import content, names, tokens
 from data.world import Question, make_world
-from model import Sampler, Transformer, load, token_logprobs
+from model import Sampler, Transformer, load, pad, token_logprobs
 from run import Run, half_precision, pick_device, run_main, set_up
-from sft import make_optimizer, micro_batches, optimizer_step, pad
+from sft import make_optimizer, micro_batches, optimizer_step
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class GRPOConfig(Config):
     out: str = option("run", "run folder; this stage starts from OUT/sft and writes OUT/grpo")
     sft: str = option("", "the sft folder of another run; it is copied to OUT/sft first",
                       unset="OUT/sft is there")
-    data: tuple = option((), "question files to train on; every twentieth question is held out",
+    data: tuple = option((), "question files to train on; one question in twenty is held out",
                          unset="the fictional world's")
     skip_bad: bool = option(False, "skip broken records of these files")
     steps: int = option(56, "steps; each samples a rollout (questions x group traces) and trains "

@@ -250,6 +250,15 @@ class Transformer(nn.Module):
         return self
 
 
+def pad(rows: list[list], device: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Lists -> (B, T), padded on the right with zeros.
+
+    T is a multiple of 32, because oneDNN compiles and keeps kernels for each new shape.
+    """
+    T = math.ceil(max(map(len, rows)) / 32) * 32
+    return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device, dtype=dtype)
+
+
 def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: float = 1.0
                    ) -> tuple[Tensor, Tensor]:
     """Score tokens: ids (B, T), mask (B, T) bool -> log-probabilities and entropies, both (B, T).

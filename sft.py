@@ -23,9 +23,9 @@ from data import InputError
 from data.options import Config, command_line, option
 from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
-from data.training import ROLES, read_traces
+from data.training import ROLES, read_traces, texts_of
 from data.world import make_world, teach
-from model import ModelConfig, Transformer, load, token_logprobs
+from model import ModelConfig, Transformer, load, pad, token_logprobs
 from run import Run, half_precision, pick_device, run_main, set_up
 
 # Shapes of a model that starts from random weights.
@@ -42,7 +42,8 @@ class SFTConfig(Config):
     out: str = option("run", "run folder; this stage writes OUT/sft")
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
-    traces: str = option("", "file from mtr.py traces, in place of the scripted teacher")
+    traces: str = option("", "conversations in place of the scripted teacher's: a file from mtr.py "
+                         "traces, or JSONL with OpenAI messages and tools")
     worlds: int = option(20, "worlds with the same names but other facts, so that no agent learns "
                          "facts by heart; each gives AutoAgent and ToolMaker 300 conversations")
     steps: int = option(1300, "optimizer steps")
@@ -95,15 +96,6 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: flo
     return float(norm)
 
 
-def pad(rows: list[list], device: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Lists -> (B, T), padded on the right with zeros.
-
-    T is a multiple of 32, because oneDNN compiles and keeps kernels for each new shape.
-    """
-    T = math.ceil(max(map(len, rows)) / 32) * 32
-    return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device, dtype=dtype)
-
-
 def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
     """Batches of similar length: one trace, or at most `tokens` tokens if padded to the longest."""
     made: list[list[Trace]] = []
@@ -126,6 +118,8 @@ Turns = list[tuple[list[str], list[str]]]  # per turn: what the role generates, 
 
 def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str], Turns]:
     """A recorded conversation -> its prompt and its turns."""
+    if "system" in record:
+        return _chat_conversation(record)
     if record["role"] == "agent":
         return _agent_conversation(record, prompts)
     if record["role"] == "maker":
@@ -160,6 +154,23 @@ def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turn
     return AutoAgent.prompt(prompts, record["question"], tools), turns
 
 
+def _chat_conversation(record: dict) -> tuple[list[str], Turns]:
+    """split_conversation for OpenAI messages, as Qwen2.5's chat template prints them."""
+    generated = []
+    received = [agents.system_turn(record["system"], record["tools"])]  # before each reply
+    for turn in record["turns"]:
+        for message in turn["heard"]:
+            if message["role"] == "tool":
+                received[-1] += agents.results_turn(message["results"])
+            else:
+                content = agents.assistant_content(message["content"], message["calls"])
+                received[-1] += agents.chat_turn(message["role"], *content)
+        received[-1] += agents.GENERATE
+        generated.append(agents.assistant_content(turn["content"], turn["calls"]))
+        received.append(["\n"])
+    return received[0], list(zip(generated, [*received[1:-1], []], strict=True))
+
+
 def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     """A recorded conversation -> the Trace that a rollout of this text gives: same ids and mask."""
     prompt, turns = split_conversation(record, tokenizer.prompts)
@@ -171,9 +182,8 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     return trace
 
 
-def to_traces(records: dict[str, list[dict]], tokenizer: Tokenizer, most: int
-              ) -> dict[str, list[Trace]]:
-    """Recorded conversations -> traces, by role. most: tokens that the model is made for."""
+def to_traces(records: dict, tokenizer: Tokenizer, most: int) -> dict[str, list[Trace]]:
+    """Recorded conversations by role -> traces. most: tokens that the model is made for."""
     made = {role: [to_trace(r, tokenizer) for r in part] for role, part in records.items()}
     for trace in chain(*made.values()):
         if len(trace.ids) > most:
@@ -330,13 +340,7 @@ def new_miniature(config: SFTConfig, records: dict[str, list[dict]], run: Run
     if run.checkpoint:  # resumed: the tokenizer exists, and Run.steps loads the weights
         tokenizer = Tokenizer(run.checkpoint)
     else:
-        texts = []
-        for role in ROLES:
-            for record in records[role][:1500]:  # enough to train a tokenizer
-                prompt, turns = split_conversation(record)
-                texts.append("".join(prompt))
-                for generated, received in turns:
-                    texts += ["".join(generated), "".join(received)]
+        texts = texts_of(records, split_conversation)
         names = list(chain(*make_world(config.seed).names.values()))
         texts += names * 20  # so each name becomes one token
         train_tokenizer(texts, VOCABULARY, run.folder / "model")
@@ -379,8 +383,8 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
         model, tokenizer = new_miniature(config, records, run)
     config = replace(config, seed=seed)  # from here on, the seed of the batches
     most = model.config.max_position_embeddings
-    train = to_traces(records, tokenizer, most)
-    fit(model, tokenizer, train, to_traces(valid, tokenizer, most), config, run)
+    train, held_out = [to_traces(part, tokenizer, most) for part in (records, valid)]
+    fit(model, tokenizer, train, held_out, config, run)
     run.save(model, tokenizer)
 
 

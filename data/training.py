@@ -1,11 +1,14 @@
 """The training data: which traces stage 0 keeps, reading them, the questions of each rollout."""
 import json
 import random
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-from data import InputError, read_file, read_json
+from data import InputError, printable, read_json
+from data.conversations import read_conversations
 from data.read import Item, read_questions
 from data.score import exact_match, holds, normalize
 from data.tools import UTILITIES
@@ -14,7 +17,10 @@ from data.world import HELD_OUT, World, make_questions, mixed
 ROLES = ("agent", "maker", "actor")
 # The options of stage 0 that every line of a file of traces shares.
 SETTINGS = ("seed", "temperature", "max_turns", "turn_tokens", "trace_tokens", "backend",
-            "real_tools", "grounded")
+            "grounded")
+# The contents that every line depends on, in words.
+CONTENTS = {"sources": "another checkpoint, question file or tools file",
+            "prompts": "other prompts (data/prompts.py)"}
 
 
 def why_not(trace, item: Item) -> str:
@@ -69,37 +75,70 @@ def to_records(trace, box, no_result: dict) -> list[dict]:
     return records
 
 
-def read_traces(path: str, check: Callable[[dict], tuple]) -> tuple[dict, dict]:
-    """The conversations of a file from mtr.py traces -> {role: records} for training, and for the
-    held-out loss. check(record) gives prompt and turns, and raises if a part is missing.
+def held_out(text: str) -> bool:
+    """Whether a question is held out: one in twenty, by its words alone. So a repeated question
+    stays on one side, and both stages hold out the same ones."""
+    return _digest(text) % 20 == 0
 
-    Every twentieth question is held out. Equal conversations of different traces count once.
+
+def _digest(text: str) -> int:
+    return zlib.crc32(normalize(text).encode("utf-8", "replace"))
+
+
+def choose_held_out(texts: Iterable[str]) -> set[str]:
+    """The normalized texts of the questions that are held out. Of 20 or more different questions
+    it is at least one, of fewer perhaps none, and never all."""
+    different = {normalize(text) for text in texts} - {""}
+    chosen = {text for text in different if held_out(text)}
+    if not chosen and len(different) >= 20:
+        chosen = {min(different, key=_digest)}
+    return chosen if chosen != different else set()
+
+
+def read_traces(path: str, check: Callable[[dict], tuple]) -> tuple[dict, dict]:
+    """The conversations of a file -> {role: records} for training, and for the held-out loss.
+    check(record) gives prompt and turns, and raises if a part is missing.
+
+    Equal conversations of different traces count once.
     """
     records: dict[str, dict[str, dict]] = {role: {} for role in ROLES}
-    lines = read_file(path).decode("utf-8", "replace").strip().split("\n")
-    for number, line in enumerate(lines, 1):
+    for place, record in read_conversations(path):
         try:
-            for record in json.loads(line)["conversations"]:  # none if the trace was not kept
-                _, turns = check(record)
-                if not turns:
-                    raise ValueError("a conversation without turns")
-                if not isinstance(record.get("question", ""), str):
-                    raise TypeError("the question is not a text")
-                records[record["role"]].setdefault(json.dumps(record, sort_keys=True), record)
+            of_role = records[record["role"]]
+            _, turns = check(record)
+            if not turns:
+                raise ValueError("a conversation without turns")
+            if not isinstance(record.get("question", ""), str):
+                raise TypeError("the question is not a text")
+            of_role.setdefault(json.dumps(record, sort_keys=True), record)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: line {number} was not written by mtr.py traces "
-                             f"({type(error).__name__}: {error})") from None
-    if not records["agent"]:
-        raise InputError(f"{path}: none of its traces was kept, so there is nothing to learn")
-    asked = list(dict.fromkeys(record["question"] for record in records["agent"].values()))
-    held_out = set(asked[19::20])
+            reason = printable(f"{type(error).__name__}: {error}")
+            raise InputError(f"{path}: {place}: not a whole conversation of role agent, maker or "
+                             f"actor ({reason})") from None
+    if not any(records.values()):
+        raise InputError(f"{path}: no conversation in it, so there is nothing to learn")
     train: dict[str, list[dict]] = {role: [] for role in ROLES}
-    valid: dict[str, list[dict]] = {"agent": [], "maker": []}
+    valid: dict[str, list[dict]] = {"agent": [], "maker": []}  # the ToolActor has no question
+    asked = chain(records["agent"].values(), records["maker"].values())
+    chosen = choose_held_out(record["question"] for record in asked)
     for role in ROLES:
-        for record in records[role].values():  # those of the ToolActor have no question
-            part = valid if record.get("question") in held_out else train
+        for record in records[role].values():
+            part = valid if role in valid and normalize(record["question"]) in chosen else train
             part[role].append(record)
     return train, valid
+
+
+def texts_of(records: dict[str, list[dict]], split: Callable[[dict], tuple]) -> list[str]:
+    """The texts of recorded conversations, to train a tokenizer on. split: sft.split_conversation.
+    """
+    texts = []
+    for role in ROLES:
+        for record in records[role][:1500]:  # enough for a tokenizer
+            prompt, turns = split(record)
+            texts.append("".join(prompt))
+            for generated, received in turns:
+                texts += ["".join(generated), "".join(received)]
+    return texts
 
 
 def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
@@ -119,8 +158,8 @@ def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:
         raise InputError(f"{path}: was not written by this command; choose another --out") from None
     for name, value in settings.items():
         if found.get(name) != value:
-            raise InputError(f"{path}: was begun with {name} {found.get(name)!r}, not {value!r}; "
-                             "choose another --out")
+            other = CONTENTS.get(name, f"{name} {found.get(name)!r}, not {value!r}")
+            raise InputError(f"{path}: was begun with {other}; choose another --out")
     if whole != text:
         path.write_bytes(whole)
     return done
@@ -154,19 +193,23 @@ def choose_questions(config, world: World) -> tuple[list[list], list]:
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
         items = read_all(config.data, config.skip_bad)
-        if len(items) < 20:
-            raise InputError(f"data: {len(items)} questions; at least 20 are needed, because every "
-                             "twentieth is held out")
-        pool = [item for i, item in enumerate(items) if i % 20 < 19]
-        held_out = items[19::20][:100]
+        different: dict[str, Item] = {}
+        for item in items:
+            different.setdefault(normalize(item.text), item)
+        if len(different) < 20:
+            raise InputError(f"data: {len(different)} different questions; at least 20 are needed, "
+                             "because one in twenty is held out")
+        chosen = choose_held_out(different)
+        pool = [item for item in items if normalize(item.text) not in chosen]
+        asked = [item for text, item in different.items() if text in chosen][:100]
         rng.shuffle(pool)
     else:
         questions = make_questions(world)
         train = [q for q in questions if q.set == "train"]
         pool = mixed(train, config.steps * config.questions, rng)  # all forms in equal shares
-        held_out = [q for q in questions if q.set in HELD_OUT][::4]  # a quarter, to save time
+        asked = [q for q in questions if q.set in HELD_OUT][::4]  # a quarter, to save time
     plan = []
     for step in range(config.steps):
         first = step * config.questions
         plan.append([pool[(first + i) % len(pool)] for i in range(config.questions)])
-    return plan, held_out
+    return plan, asked

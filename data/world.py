@@ -2,14 +2,12 @@
 All names are invented, so no pretrained model knows the facts. The ToolActor learns the facts in
 training. AutoAgent reads them from tool observations."""
 import itertools
-import json
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from data.schema import object_schema
 from data.tools import compare
@@ -461,18 +459,3 @@ def teach(seed: int, worlds: int, each: int = 300) -> tuple[dict, dict]:
     valid = {"agent": [teach_agent(world, q, rng) for q in held_out[::4]],
              "maker": [teach_maker(q, rng) for q in held_out[::4]]}
     return records, valid
-
-
-def write_sample(folder: Path, each: int = 60) -> None:
-    """Write a few questions and conversations as JSONL. This command writes data/sample:
-    python -c "from data.world import *; write_sample(Path('data/sample'))" """
-    records, _ = teach(0, worlds=20)
-    samples = {role: part[::max(1, len(part) // each)][:each] for role, part in records.items()}
-    questions = make_questions(make_world(0))
-    samples["questions"] = []
-    for name in ("train", *HELD_OUT):
-        samples["questions"] += [vars(q) for q in questions if q.set == name][:each // 2]
-    folder.mkdir(exist_ok=True)
-    for name, rows in samples.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -41,8 +41,7 @@ from data.prompts import SHORT
 from data.schema import check_schema, first_error, object_schema, strict_json
 from data.tokenizer import CHAT_TEMPLATE
 from data.tools import blanked, guarded, real, shuffled
-from model import Sampler, token_logprobs
-from sft import pad
+from model import Sampler, pad, token_logprobs
 
 START, END = "<|im_start|>", "<|im_end|>"
 

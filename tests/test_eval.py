@@ -440,8 +440,8 @@ def test_the_first_line_holds_the_settings(stand_in, folder, data):
     first, *rest = read_lines(path)
     assert first == {"conversations": [], "settings": {
         "seed": 0, "temperature": 1.0, "max_turns": 3, "turn_tokens": 1024, "trace_tokens": 4096,
-        "backend": "simulated", "real_tools": "", "grounded": False,
-        "sources": fingerprint(folder, data)}}
+        "backend": "simulated", "grounded": False,
+        "sources": fingerprint(folder, data), "prompts": asdict(SHORT)}}
     assert [(line["id"], line["sample"]) for line in rest] == [(f"0 q{i}", 0) for i in range(6)]
     text = path.read_bytes()
     assert make_traces(teacher(folder, data)) == why and path.read_bytes() == text
@@ -482,7 +482,7 @@ def test_another_content_of_the_tools_file_does_not_continue_a_file(stand_in, fo
     make_traces(own)
     make_traces(own)
     tools.write_text(json.dumps([BIRTHPLACE.schema], indent=1))
-    with pytest.raises(InputError, match="was begun with sources"):
+    with pytest.raises(InputError, match="was begun with another checkpoint, question file or tools file; choose"):
         make_traces(own)
 
 
@@ -520,7 +520,7 @@ def test_stage_0_does_not_go_on_with_another_pipe_of_the_same_name(stand_in, fol
         made = make_traces(teacher(folder, path))
     with piped(tmp_path, data.read_bytes()) as path:
         assert make_traces(teacher(folder, path)) == made
-    with piped(tmp_path, with_gold(data, "Doka")) as path, pytest.raises(InputError, match="was begun with sources"):
+    with piped(tmp_path, with_gold(data, "Doka")) as path, pytest.raises(InputError, match="was begun with another checkpoint, question file or tools file"):
         make_traces(teacher(folder, path))
 
 
@@ -546,8 +546,21 @@ def test_stage_0_does_not_go_on_with_other_aliases(stand_in, folder, two_wiki):
     path, aliases = two_wiki
     make_traces(teacher(folder, path))
     aliases.write_text(json.dumps({"Q_id": "Q1", "aliases": ["Velka"], "demonyms": []}))
-    with pytest.raises(InputError, match="was begun with sources"):
+    with pytest.raises(InputError, match="was begun with another checkpoint, question file or tools file"):
         make_traces(teacher(folder, path))
+
+
+def test_a_prompt_that_is_changed_between_counts(stand_in, folder, data, monkeypatch):
+    """With it the model answers otherwise. Stage 0 does not mix traces of two prompts."""
+    row, = evaluate_files(config(folder, data, name="before"))
+    make_traces(teacher(folder, data))
+    longer = replace(SHORT, actor=SHORT.actor + " Be brief.")
+    monkeypatch.setattr("data.tokenizer.SHORT", longer)
+    with pytest.raises(InputError, match=r"was begun with other prompts \(data/prompts.py\); choose another --out$"):
+        make_traces(teacher(folder, data))
+    monkeypatch.setattr("test_eval.QUESTIONS", [(*question[:3], say("Nobody"), "") for question in QUESTIONS])
+    changed, = evaluate_files(config(folder, data, name="after"))
+    assert row["em"] == 3 / 6 and changed["em"] == 0
 
 
 def test_stage_2_depends_on_the_aliases_beside_its_questions(folder, two_wiki, monkeypatch, tmp_path, out):
@@ -602,7 +615,9 @@ def test_equal_ids_of_two_files_are_two_questions(stand_in, folder, data, tmp_pa
     ("seed", 1, "seed 0, not 1"), ("temperature", 0.5, "temperature 1.0, not 0.5"),
     ("max_turns", 4, "max_turns 3, not 4"), ("turn_tokens", 99, "turn_tokens 1024, not 99"),
     ("trace_tokens", 4000, "trace_tokens 4096, not 4000"), ("grounded", True, "grounded False"),
-    ("real_tools", "tools.json", "real_tools '', not 'tools.json'"), ("data", "other", "sources"),
+    ("real_tools", "tools.json", "another checkpoint, question file or tools file"),
+    ("data", "other", "another checkpoint, question file or tools file"),
+    ("prompts", "other", r"other prompts \(data/prompts.py\)"),
     ("backend", "real", "backend 'simulated', not 'real'")])
 def test_other_settings_do_not_continue_a_file(name, value, message, stand_in, folder, data,
                                                monkeypatch, tmp_path):
@@ -614,7 +629,7 @@ def test_other_settings_do_not_continue_a_file(name, value, message, stand_in, f
     if name == "real_tools" or name == "backend":
         Path("tools.json").write_text(json.dumps([BIRTHPLACE.schema]))
         more["real_tools"] = "tools.json"
-    if name == "backend":  # read_done alone: two settings differ, and real_tools is named first
+    if name in ("backend", "prompts"):  # read_done alone: a real backend needs tools, so two settings differ
         first = json.loads(text.split(b"\n")[0])["settings"]
         with pytest.raises(InputError, match=message):
             read_done(folder.parent / "traces.jsonl", first | {name: value})
@@ -728,7 +743,7 @@ def test_tools_with_code_are_not_taught_to_the_toolactor():
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "line 1"), ("{}", "line 1"), ('{"conversations": []}', "nothing to learn"),
+    ("", "nothing to learn"), ("{}", "line 1"), ('{"conversations": []}', "nothing to learn"),
     ('{"conversations": [{"role": "agent"}]}', "line 1"),
     ('{"conversations": [{"role": "x"}]}', "line 1")])
 def test_a_file_that_stage_0_did_not_write_is_refused(content, message, tmp_path):
@@ -736,17 +751,6 @@ def test_a_file_that_stage_0_did_not_write_is_refused(content, message, tmp_path
     with pytest.raises(InputError, match=message) as error:
         read_kept(tmp_path / "t.jsonl")
     assert "\n" not in str(error.value)
-
-
-def test_every_twentieth_question_is_held_out_of_stage_1(tmp_path):
-    def line(i):
-        return json.dumps({"conversations": [
-            {"role": "agent", "question": f"Q{i}?", "kind": "composition", "tools": [],
-             "turns": [{"thought": f"t{j}", "answer": "x"}]} for j in range(2)]})
-    (tmp_path / "t.jsonl").write_text("\n".join(line(i) for i in [*range(45), 3]))
-    records, valid = read_kept(tmp_path / "t.jsonl")
-    assert {r["question"] for r in valid["agent"]} == {"Q19?", "Q39?"}
-    assert len(valid["agent"]) == 4 and len(records["agent"]) == 86
 
 
 # ------------------------------------------------------------------------------ chain, command line

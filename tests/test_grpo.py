@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_sft import HELD, KEPT, SPELLINGS, write_traces
 
 import grpo
 from agents import Call, Trace, Turn, uniforms
@@ -20,8 +21,8 @@ from data import InputError
 from data.options import command_line
 from data.world import make_questions, make_world
 from grpo import GRPOConfig, Loss, advantages, policy_loss, token_weights, update
-from model import ModelConfig, Sampler, Transformer
-from sft import SFTConfig, make_optimizer, pad
+from model import ModelConfig, Sampler, Transformer, pad
+from sft import SFTConfig, make_optimizer
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 PAPERS = grpo.LOSSES  # the settings of the four papers; the fixture below replaces the table
@@ -1114,26 +1115,58 @@ def write_file(path, first, last):
     return str(path)
 
 
-def test_every_twentieth_question_of_the_files_is_held_out(tmp_path):
-    """45 questions in two files: the 20th and the 40th are held out. The other 43 are asked in turn, and each as
-    often as any other, give or take one."""
+def test_a_twentieth_of_the_questions_of_the_files_is_held_out(tmp_path):
+    """45 questions in two files. Those that are not held out are asked in turn, each as often as any other, give or
+    take one."""
     files = write_file(tmp_path / "a.jsonl", 0, 30), write_file(tmp_path / "b.jsonl", 30, 45)
     plan, held_out = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10), None)
-    assert [q.text for q in held_out] == ["Who is 19?", "Who is 39?"]
+    held = [number for number in HELD if number < 45]
+    assert [q.text for q in held_out] == [f"Who is {number}?" for number in held] and held
     assert [len(step) for step in plan] == [10] * 9
-    asked = [q.text for step in plan for q in step]
-    assert sorted(asked[:43], key=lambda text: int(text[7:-1])) == [f"Who is {i}?" for i in range(45) if i % 20 != 19]
-    assert asked[43:86] == asked[:43] and asked[86:] == asked[:4]
+    asked, most = [q.text for step in plan for q in step], 45 - len(held)
+    assert sorted(asked[:most], key=lambda text: int(text[7:-1])) == [f"Who is {i}?" for i in range(45) if i not in held]
+    assert asked[most:2 * most] == asked[:most] and asked[2 * most:] == asked[:90 - 2 * most]
     ids = {q.id: q.text for step in plan for q in step}
-    assert len(ids) == 43, "both files number their questions from the start, so the file is a part of the id"
+    assert len(ids) == most, "both files number their questions from the start, so the file is a part of the id"
     again, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10), None)
     other, _ = grpo.choose_questions(GRPOConfig(data=files, steps=9, questions=10, seed=1), None)
     assert again == plan and other != plan
 
 
-def test_fewer_than_twenty_questions_are_refused(tmp_path):
-    with pytest.raises(InputError, match="^data: 19 questions; at least 20 are needed"):
-        grpo.choose_questions(GRPOConfig(data=(write_file(tmp_path / "a.jsonl", 0, 19),)), None)
+def test_a_question_that_comes_again_is_on_one_side(tmp_path):
+    """400 rows with 200 questions, each in two spellings. Held out are the questions that stage 1 holds out, once each."""
+    rows = [{"id": f"{spelling} {i}", "question": spelling.format(i), "golden_answers": ["x"]} for spelling in SPELLINGS[:2] for i in range(200)]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan, held_out = grpo.choose_questions(GRPOConfig(data=(str(path),), steps=40, questions=10), None)
+    asked = {q.text.lower().strip("?") for step in plan for q in step}
+    assert [q.text for q in held_out] == [f"Who is {number}?" for number in HELD if number < 200]
+    assert not asked & {q.text.lower().strip("?") for q in held_out} and len(asked) == 200 - len(held_out)
+    _, valid = write_traces(tmp_path / "t.jsonl", range(200), SPELLINGS[:1])
+    assert [record["question"] for record in valid["agent"]] == [q.text for q in held_out]
+
+
+def test_twenty_questions_are_enough_and_one_of_them_is_held_out(tmp_path):
+    """None is among the twentieth, so the one of the smallest checksum is held out, as in stage 1. At most 100 are."""
+    rows = [{"question": f"Who is {i}?", "golden_answers": ["x"]} for i in KEPT[:20]]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan, held_out = grpo.choose_questions(GRPOConfig(data=(str(path),), steps=2, questions=10), None)
+    _, valid = write_traces(tmp_path / "t.jsonl", KEPT[:20], SPELLINGS[:1])
+    assert [q.text for q in held_out] == [record["question"] for record in valid["agent"]] and len(held_out) == 1
+    assert len({q.text for step in plan for q in step}) == 19
+    _, held_out = grpo.choose_questions(GRPOConfig(data=(write_file(tmp_path / "many.jsonl", 0, 4000),)), None)
+    assert len(held_out) == 100
+
+
+def test_fewer_than_twenty_different_questions_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for first, last, number in ((0, 19, 19), (5, 10, 5)):
+        write_file(path, first, last)
+        text = path.read_text()
+        path.write_text(text + text.upper().replace("QUESTION", "question").replace("GOLDEN_ANSWERS", "golden_answers") * 3)
+        with pytest.raises(InputError, match=f"^data: {number} different questions; at least 20 are needed, because one in twenty is held out$"):
+            grpo.choose_questions(GRPOConfig(data=(str(path),)), None)
 
 
 def test_the_worlds_questions_are_held_out_by_set():

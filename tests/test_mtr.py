@@ -25,9 +25,10 @@ import report
 import run as run_file
 import sft
 from data import InputError, tables
+from data.conversations import write_sample
 from data.prompts import SHORT
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
-from data.world import HELD_OUT, make_questions, make_world, tools_for, write_sample
+from data.world import HELD_OUT, make_questions, make_world, tools_for
 from model import load, save_model
 from sft import SFT_COLUMNS
 
@@ -393,7 +394,7 @@ def test_the_committed_sample_is_what_the_code_makes(tmp_path):
         made = (tmp_path / path.name).read_text(encoding="utf-8")
         assert path.read_text(encoding="utf-8") == made
     committed = list((ROOT / "data" / "sample").iterdir())
-    assert len(list(tmp_path.iterdir())) == len(committed) == 4
+    assert len(list(tmp_path.iterdir())) == len(committed) == 5
 
 
 # ------------------------------------------------------------------------------- scores and reports

@@ -17,12 +17,15 @@ import torch
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402  (must follow the lines above)
 from test_agents import as_pieces  # noqa: E402  (must follow the lines above)
+from test_messages import CASES  # noqa: E402  (must follow the lines above)
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402  (must follow the lines above)
 from transformers.cache_utils import DynamicCache  # noqa: E402  (must follow the lines above)
 
 import agents  # noqa: E402  (must follow the lines above)
+from data.messages import read_messages  # noqa: E402  (must follow the lines above)
 from data.world import RELATIONS, tool_for  # noqa: E402  (must follow the lines above)
 from model import CachePass, KVCache, Sampler, Tokenizer, load, save_model  # noqa: E402  (must follow the lines above)
+from sft import to_trace  # noqa: E402  (must follow the lines above)
 
 REAL = os.environ.get("MTR_QWEN")
 SHAPES = [(heads, kv_heads, tied) for heads, kv_heads in ((4, 4), (4, 2), (7, 1)) for tied in (True, False)]
@@ -214,3 +217,50 @@ def test_rendering_is_the_chat_templates(folder):
     for shown in ("</tool_call>\n<tool_call>", "</tool_response>\n<tool_response>", "<|im_start|>assistant\n<tool_call>",
                   "<tool_response>\n\n</tool_response>", "user\n<|im_end|>", *WORDS[:7]):
         assert shown in everything, shown
+
+
+def official(row):
+    """A row of OpenAI messages in the form that apply_chat_template takes: messages up to the last reply to learn,
+    tools, and the places of these replies. Written for the test, by another way than the reader."""
+    tools = row.get("tools") or [{"type": "function", "function": f} for f in row.get("functions") or []] or None
+    messages = []
+    for message in row["messages"]:
+        content = message["content"] or ""
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+        made = {"role": {"developer": "system", "function": "tool"}.get(message["role"], message["role"]), "content": content,
+                "id": message.get("tool_call_id"), "learn": message["role"] == "assistant" and message.get("weight") != 0}
+        calls = message.get("tool_calls") or [{"function": c} for c in [message.get("function_call")] if c]
+        if calls:
+            made["tool_calls"] = [json.loads(json.dumps(call)) for call in calls]
+            for call in made["tool_calls"]:
+                inner = call.get("function", call)
+                if isinstance(inner["arguments"], str):
+                    inner["arguments"] = json.loads(inner["arguments"])
+        messages.append(made)
+    for i, message in enumerate(messages):
+        order = [call.get("id") for call in message.get("tool_calls", [])]
+        results = messages[i + 1:i + 1 + len(order)]
+        if all(order) and len(results) == len(order):
+            messages[i + 1:i + 1 + len(order)] = sorted(results, key=lambda result: order.index(result["id"]))
+    learned = [i for i, message in enumerate(messages) if message["learn"]]
+    return messages[:learned[-1] + 1], tools, learned
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_messages_have_the_ids_and_mask_of_the_chat_template(case, folder):
+    """Learned is what the template appends to the prompt of each reply, without the newline after it."""
+    source = Path(REAL or folder)
+    ours, theirs = Tokenizer(source), AutoTokenizer.from_pretrained(source)
+    messages, tools, learned = official(case["row"])
+
+    def ids(end, **more):
+        return theirs.apply_chat_template(messages[:end], tools=tools, return_dict=False, **more)
+    want = ids(len(messages))[:-1]
+    mask = [0] * len(want)
+    for place in learned:
+        begin, end = len(ids(place, add_generation_prompt=True)), len(ids(place + 1)) - 1
+        mask[begin:end] = [1] * (end - begin)
+    trace = to_trace(read_messages(case["row"]), ours)
+    assert trace.ids == want and trace.mask == mask and 0 < sum(mask) < len(mask)
+    assert ours.decode(want) == case["text"].replace("⟦", "").replace("⟧", "")

@@ -35,7 +35,7 @@ from data.world import (
 )
 from evaluate import AgentConfig, EvalConfig, TracesConfig
 from grpo import GRPOConfig
-from model import load, token_logprobs
+from model import load, pad, token_logprobs
 from mtr import AskConfig, CompareConfig, RunConfig, ShowConfig
 from run import Run
 from sft import SFTConfig, to_trace
@@ -179,7 +179,7 @@ def test_teach_gives_conversations_of_all_roles():
 
 
 @pytest.mark.parametrize("bad", [
-    "{", "[]", '{"why": ""}', '{"conversations": [{"role": "judge"}]}', '{"conversations": [{"role": "actor", "tool": {"name": 1}}]}',
+    "{", "[]", '{"why": ""}', '{"messages": []}', '{"conversations": [{"role": "judge"}]}', '{"conversations": [{"role": "actor", "tool": {"name": 1}}]}',
     json.dumps({"conversations": [{**AGENT, "kind": "riddle"}]}), json.dumps({"conversations": [{**AGENT, "turns": []}]}), json.dumps({"conversations": [{**MAKER, "tools": None}]}),
     json.dumps({"conversations": [{**ACTOR, "exchanges": []}]}), '{"conversations": [3]}'], ids=lambda bad: bad[:60])
 def test_read_traces_names_the_line_that_it_cannot_read(bad, tmp_path):
@@ -188,10 +188,71 @@ def test_read_traces_names_the_line_that_it_cannot_read(bad, tmp_path):
     path.write_text("\n".join([settings, good, bad, good]))
     with pytest.raises(InputError) as error:
         sft.read_traces(str(path), sft.split_conversation)
-    assert str(error.value).startswith(f"{path}: line 3 was not written by mtr.py traces (") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}: line 3: ") and "\n" not in str(error.value)
     path.write_text("\n".join([settings, good, good]))
     records, valid = sft.read_traces(str(path), sft.split_conversation)  # equal conversations count once
     assert records == {"agent": [AGENT], "maker": [MAKER], "actor": [ACTOR]} and valid == {"agent": [], "maker": []}
+
+
+def slow_crc(text):
+    """CRC-32 bit by bit, as in IEEE 802.3."""
+    crc = 0xFFFFFFFF
+    for byte in text.encode():
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0xEDB88320 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def twentieth(number):
+    """Whether "who is NUMBER" is one of the twentieth that is held out."""
+    return slow_crc(f"who is {number}") % 20 == 0
+
+
+HELD = [number for number in range(400) if twentieth(number)]
+KEPT = [number for number in range(400) if not twentieth(number)]
+SPELLINGS = ("Who is {}?", "who is {}", " WHO is the {}!? ")  # one question by the rule of exact match
+
+
+def write_traces(path, numbers, spellings=SPELLINGS):
+    """A file of traces with a conversation of agent and maker for each spelling of each question."""
+    rows = []
+    for spelling in spellings:
+        for question in map(spelling.format, numbers):
+            rows.append({"conversations": [{**AGENT, "question": question}, {**MAKER, "question": question}, ACTOR]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sft.read_traces(str(path), sft.split_conversation)
+
+
+def test_a_question_is_held_out_by_its_words_alone(tmp_path):
+    """Its spelling, its place in the file and the other questions don't matter, so no held-out question is trained on."""
+    assert 10 < len(HELD) < 30 and slow_crc("123456789") == 0xCBF43926
+    for number in range(400):
+        assert [training.held_out(spelling.format(number)) for spelling in SPELLINGS] == [twentieth(number)] * 3
+    records, valid = write_traces(tmp_path / "t.jsonl", range(400))
+    for role in ("agent", "maker"):
+        assert [record["question"] for record in valid[role]] == [s.format(n) for s in SPELLINGS for n in HELD]
+        assert [record["question"] for record in records[role]] == [s.format(n) for s in SPELLINGS for n in KEPT]
+    assert records["actor"] == [ACTOR] and set(valid) == {"agent", "maker"}
+
+
+def test_of_twenty_questions_one_is_held_out_and_of_fewer_perhaps_none(tmp_path):
+    """If the rule takes none of at least twenty, the one of the smallest checksum is held out. All are never held out."""
+    smallest = min(KEPT[:20], key=lambda number: slow_crc(f"who is {number}"))
+    for numbers, want in ((KEPT[:20], [smallest]), (KEPT[:19], []), ([HELD[0], KEPT[0]], [HELD[0]]), (HELD[:3], [])):
+        records, valid = write_traces(tmp_path / "t.jsonl", numbers, SPELLINGS[:1])
+        assert [record["question"] for record in valid["agent"]] == [f"Who is {number}?" for number in want]
+        assert len(records["agent"]) == len(numbers) - len(want)
+
+
+def test_a_question_without_words_is_trained_on(tmp_path):
+    """Its text is empty by the rule of exact match, as if there was no question."""
+    path = tmp_path / "t.jsonl"
+    rows = [{**AGENT, "question": question} for question in ["", "the?", *map("Who is {}?".format, range(40))]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, valid = sft.read_traces(str(path), sft.split_conversation)
+    assert [record["question"] for record in records["agent"][:2]] == ["", "the?"]
+    assert [record["question"] for record in valid["agent"]] == [f"Who is {number}?" for number in HELD if number < 40]
 
 
 @pytest.mark.parametrize("continued", [False, True])
@@ -438,17 +499,17 @@ def test_optimizer_step_clips_steps_and_forgets():
 
 def test_pad_puts_the_padding_on_the_right():
     """Rows are padded with zeros to a multiple of 32, in the type that is asked for."""
-    ids, mask = sft.pad([[5, 6, 7], [8]], "cpu"), sft.pad([[0, 1, 1], [0]], "cpu", torch.bool)
+    ids, mask = pad([[5, 6, 7], [8]], "cpu"), pad([[0, 1, 1], [0]], "cpu", torch.bool)
     assert ids[0, :3].tolist() == [5, 6, 7] and ids[1, 0] == 8 and ids.shape == mask.shape == (2, 32)
     assert ids.sum() == 26 and ids.dtype == torch.long
     assert mask.nonzero().tolist() == [[0, 1], [0, 2]] and mask.dtype == torch.bool
-    assert sft.pad([[5] * 33], "cpu").shape == (1, 64) and sft.pad([[5] * 32], "cpu").shape == (1, 32)
-    assert sft.pad([[0.5]], "cpu").dtype == torch.float32 and sft.pad([[0.5]], "cpu", torch.float64).dtype == torch.float64
+    assert pad([[5] * 33], "cpu").shape == (1, 64) and pad([[5] * 32], "cpu").shape == (1, 32)
+    assert pad([[0.5]], "cpu").dtype == torch.float32 and pad([[0.5]], "cpu", torch.float64).dtype == torch.float64
 
 
 def padded(traces):
     """Ids and loss mask of some traces, both (B, T)."""
-    return sft.pad([trace.ids for trace in traces], "cpu"), sft.pad([trace.mask for trace in traces], "cpu", torch.bool)
+    return pad([trace.ids for trace in traces], "cpu"), pad([trace.mask for trace in traces], "cpu", torch.bool)
 
 
 def spoken(tokenizer):
