@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.schema import object_schema
-from data.tools import compare
+from data.utilities import compare
 
 # Numbers are strings, as in many web APIs. The miniature learns to copy a quoted digit as early as
 # a name, but a bare digit much later.

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 360, "grpo.py": 590, "sft.py": 400,
          "run.py": 200, "agents.py": 600, "model.py": 760, "data/read.py": 220,
-         "data/tools.py": 240, "data/score.py": 105, "data/words.py": 150, "data/evidence.py": 240,
-         "data/world.py": 480, "data/options.py": 80, "data/schema.py": 120,
+         "data/tools.py": 200, "data/utilities.py": 130, "data/guard.py": 60,
+         "data/user_schema.py": 100, "data/score.py": 105, "data/words.py": 150,
+         "data/evidence.py": 240, "data/world.py": 480, "data/options.py": 80,
+         "data/schema.py": 150,
          "data/tokenizer.py": 115, "data/turns.py": 165, "data/prompts.py": 100,
          "data/training.py": 175, "data/own.py": 105, "data/tables.py": 80, "data/page.py": 90,
          "data/show.py": 140, "data/compare.py": 110, "data/folders.py": 45,
@@ -131,7 +133,7 @@ def complexity(text):
 
 
 def test_every_source_file_has_a_ceiling():
-    assert sorted(LINES) == SOURCES and len(SOURCES) == 27
+    assert sorted(LINES) == SOURCES and len(SOURCES) == 30
 
 
 @pytest.mark.parametrize("name", LINES)
