@@ -4,8 +4,6 @@ import re
 from functools import cached_property
 
 import jsonschema
-from jsonschema.exceptions import best_match
-from jsonschema.validators import validator_for
 from referencing import Registry
 
 from data import printable
@@ -124,7 +122,7 @@ class UserSchema(dict):
     @cached_property
     def validator(self) -> jsonschema.protocols.Validator:
         """Validates by the draft in its $schema. Its registry is empty, so nothing is fetched."""
-        draft = validator_for(self, jsonschema.Draft202012Validator)
+        draft = jsonschema.validators.validator_for(self, jsonschema.Draft202012Validator)
         return draft(self, registry=Registry())
 
 
@@ -134,7 +132,9 @@ def first_error(schema: dict, value: dict) -> str | None:
         plain = jsonschema.Draft202012Validator
         validator = schema.validator if isinstance(schema, UserSchema) else plain(schema)
         error = next(validator.iter_errors(value), None)
-    except Exception:  # too large a number, too deep a nesting, a $schema or $id inside a schema
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a large number, a wrong $schema or $id inside; endless: a Rust panic
         return "arguments out of range"
     return reason(error) if error else None
 
@@ -144,7 +144,7 @@ def reason(error: jsonschema.ValidationError) -> str:
     items/0/zip: breaks pattern '^[0-9]{5}$'"""
     if len(error.message) <= 80 or error.message[0].isupper():  # a capital: the rule comes first
         return error.message[:80]
-    error = best_match([error])  # in an anyOf, the error of the alternative that fits best
+    error = jsonschema.exceptions.best_match([error])  # of an anyOf, the part that fits best
     place = printable("/".join(map(str, error.absolute_path)))[-30:]
     rule = f"{place}: breaks {error.validator} {error.validator_value!r}".removeprefix(": ")
     return rule[:100]

@@ -368,6 +368,19 @@ def test_a_recursive_schema_is_safe(tmp_path):
     assert first_error(endless, {"x": 1}) == "arguments out of range" and first_error(endless, {}) is None
 
 
+@pytest.mark.parametrize("error, escapes", [(RecursionError, False), (OverflowError, False), (BaseException, False), (KeyboardInterrupt, True)])
+def test_an_error_of_the_library_is_no_crash(error, escapes):
+    """Under jsonschema lies a library in Rust. Its panic, near the limit of recursion, is a BaseException."""
+    class Failing(dict):
+        def __contains__(self, key):
+            raise error
+    if escapes:
+        with pytest.raises(error):
+            first_error(object_schema(a={}), Failing())
+    else:
+        assert first_error(object_schema(a={}), Failing()) == "arguments out of range"
+
+
 PLACES = {"type": "object", "properties": {"items": {"type": "array", "items": {"$ref": "#/$defs/item"}}, "n": {"type": "array", "minItems": 99},
                                            "v": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]}},
           "$defs": {"item": {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}, "of": {"enum": ["a", "b"]}}}}}
