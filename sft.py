@@ -42,8 +42,7 @@ class SFTConfig(Config):
     out: str = option("run", "run folder; this stage writes OUT/sft")
     model: str = option("", "checkpoint folder to start from, in place of random weights")
     shape: str = option("miniature", "size of the random model", choices=("miniature", "toy"))
-    traces: str = option("", "conversations in place of the scripted teacher's: a file from mtr.py "
-                         "traces, or JSONL with OpenAI messages and tools")
+    traces: str = option("", "file of traces or OpenAI messages", unset="the scripted teacher's")
     worlds: int = option(20, "worlds with the same names but other facts, so that no agent learns "
                          "facts by heart; each gives AutoAgent and ToolMaker 300 conversations")
     steps: int = option(1300, "optimizer steps")
@@ -139,8 +138,9 @@ def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str
 
 def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turns]:
     """split_conversation for AutoAgent."""
-    tools = [Tool(**tool) for tool in record["tools"]]
-    tools += [agents.UTILITIES[name] for name in agents.KINDS[record["kind"]]]
+    tools = {tool["name"]: Tool(**tool) for tool in record["tools"]}
+    for name in agents.KINDS[record["kind"]]:
+        tools.setdefault(name, agents.UTILITIES[name])  # a user's tool may have its name
     turns = []
     for turn in record["turns"]:
         thought = prompts.thought.format(turn["thought"]).removeprefix(prompts.begin)
@@ -151,7 +151,7 @@ def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turn
             header = [*agents.GENERATE, prompts.begin]
             received = ["\n", *agents.results_turn(results), *header]
             turns.append((agents.assistant_content(thought, turn["calls"]), received))
-    return AutoAgent.prompt(prompts, record["question"], tools), turns
+    return AutoAgent.prompt(prompts, record["question"], list(tools.values())), turns
 
 
 def _chat_conversation(record: dict) -> tuple[list[str], Turns]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, combinations, product
 
-from data import tools
+from data.utilities import UTILITIES
 from data.words import (
     STOP,
     content,
@@ -22,7 +22,8 @@ from data.words import (
     topics,
 )
 
-UTILITIES = {spec["name"] for spec in tools.UTILITIES}
+# A utility tool is known by its code: a user's tool may have the same name.
+NAME_OF = {spec["run"]: spec["name"] for spec in UTILITIES}
 SHORT_RESULT = 12  # words; a longer result is running text
 
 # ------------------------------------------------------------------------------ arguments of a call
@@ -78,6 +79,7 @@ def is_grounded(value: object, sources: list[set[str]], known: set[str], named: 
 class Evidence:
     """One call as the reward sees it. Words are tokens."""
     call: object             # an agents.Call
+    utility: str             # the name of its tool if that is a utility tool, else ""
     turn: int                # index of its turn
     grounded: list[bool]     # for each argument: was it told before?
     argument_words: set[str]
@@ -105,7 +107,8 @@ class Evidence:
 def evidence_of(call, tool, turn: int, question: str, sources: list[set[str]]) -> Evidence:
     """The evidence of a call (an agents.Call) of a tool (an agents.Tool, or None)."""
     given = arguments(call.arguments, tool.parameters if tool else {})
-    if call.name == "calculator":
+    utility = NAME_OF.get(tool.run, "") if tool else ""
+    if utility == "calculator":
         given = [spaced(value) for value in given]
     schema = tokens(tool.schema) if tool else []
     known = {word[:5] for word in chain(*sources, schema)}  # "direc": director, directed
@@ -114,10 +117,12 @@ def evidence_of(call, tool, turn: int, question: str, sources: list[set[str]]) -
     argument_words = set(flat(map(tokens, [*given, *leaves(call.arguments)])))
     made_up = [word for word in argument_words if word[:5] not in known]
     result_words = observed(call.observation) if call.succeeded else []
-    if not is_evidence(call, given, grounded, len(result_words), question, sources):
-        result_words = []
-    result_words = without_echo(result_words, made_up)
-    return Evidence(call=call, turn=turn, grounded=grounded,
+    if utility:
+        tells = all(grounded) and computed(call, question, sources)
+    else:
+        tells = is_evidence(given, grounded, len(result_words))
+    result_words = without_echo(result_words, made_up) if tells else []
+    return Evidence(call=call, utility=utility, turn=turn, grounded=grounded,
                     argument_words=argument_words, topics=flat(map(topics, given)),
                     result_words=result_words, entity=entity_of(argument_words, question),
                     new_words=set(result_words) - sources[0] - argument_words)
@@ -145,12 +150,10 @@ def observed(observation: dict) -> list[str]:
     return [] if len(found) <= SHORT_RESULT and NOTHING.search(text) else found
 
 
-def is_evidence(call, given: list, grounded: list[bool], length: int, question: str,
-                sources: list[set[str]]) -> bool:
-    """Whether a result is evidence. A short result is not if an argument is ungrounded, because the
-    tool may only write out what the agent made up. An argument of stop words makes nothing up."""
-    if call.name in UTILITIES:
-        return all(grounded) and computed(call, question, sources)
+def is_evidence(given: list, grounded: list[bool], length: int) -> bool:
+    """Whether the result of a lookup is evidence. A short one is not if an argument is ungrounded:
+    the tool may only write out what the agent made up. An argument of stop words makes nothing up.
+    """
     pairs = zip(given, grounded, strict=True)
     return length > SHORT_RESULT or all(ok or set(tokens(value)) <= STOP for value, ok in pairs)
 
@@ -194,8 +197,8 @@ def computed_by(answer: list[str], question: str, evidence: list[Evidence], choi
     the question refutes it."""
     asked = set(tokens(question))
     given = [set(answer), set(answer) - asked]  # "10 days" if it asks for days
-    gave = [e for e in evidence if e.call.name in UTILITIES and e.result in given]
-    compares = [e for e in evidence if e.call.name == "compare" and e.result_words]
+    gave = [e for e in evidence if e.utility and e.result in given]
+    compares = [e for e in evidence if e.utility == "compare" and e.result_words]
     refuted = choice and any(e.result <= asked for e in compares)
     return [e for e in gave if e.result_words and not e.repeated] if gave or refuted else None
 

@@ -1,8 +1,12 @@
 """JSON that a model wrote, and the rules that a tool's definition must follow."""
 import json
 import re
+from functools import cached_property
 
 import jsonschema
+from referencing import Registry
+
+from data import printable
 
 
 class Rejected(ValueError):
@@ -55,15 +59,19 @@ FORBIDDEN = ("$ref", "$dynamicRef", "pattern", "patternProperties", "dependentSc
 
 def check_function(function: dict, taken: set[str]) -> None:
     """Rejected unless name, description and parameters follow the rules. taken: names in use."""
-    name = function["name"]
     description = function["description"]
+    check_name(function["name"], taken)
+    if not isinstance(description, str) or not 0 < len(description.strip()) <= MAX_DESCRIPTION:
+        raise Rejected("bad description")
+    check_schema(function["parameters"])
+
+
+def check_name(name: object, taken: set[str]) -> None:
+    """Rejected unless this is a new name of letters, digits, _ and -."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise Rejected("bad tool name")
     if name in taken:
         raise Rejected("tool name taken")
-    if not isinstance(description, str) or not 0 < len(description.strip()) <= MAX_DESCRIPTION:
-        raise Rejected("bad description")
-    check_schema(function["parameters"])
 
 
 def check_schema(schema: object) -> None:
@@ -108,10 +116,35 @@ def check_keywords(schema: dict) -> None:
                     todo.append((child, depth + 1))
 
 
+class UserSchema(dict):
+    """A schema that a user wrote, after its check in data/user_schema.py."""
+
+    @cached_property
+    def validator(self) -> jsonschema.protocols.Validator:
+        """Validates by the draft in its $schema. Its registry is empty, so nothing is fetched."""
+        draft = jsonschema.validators.validator_for(self, jsonschema.Draft202012Validator)
+        return draft(self, registry=Registry())
+
+
 def first_error(schema: dict, value: dict) -> str | None:
     """The first reason why a value does not fit a schema, in one line. None if it fits."""
     try:
-        error = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
-    except (ArithmeticError, RecursionError):  # too large a number, too deep a nesting
+        plain = jsonschema.Draft202012Validator
+        validator = schema.validator if isinstance(schema, UserSchema) else plain(schema)
+        error = next(validator.iter_errors(value), None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a large number, a wrong $schema or $id inside; endless: a Rust panic
         return "arguments out of range"
-    return error.message[:80] if error else None
+    return reason(error) if error else None
+
+
+def reason(error: jsonschema.ValidationError) -> str:
+    """Why a value does not fit. If its message begins with a long value, place and rule instead:
+    items/0/zip: breaks pattern '^[0-9]{5}$'"""
+    if len(error.message) <= 80 or error.message[0].isupper():  # a capital: the rule comes first
+        return error.message[:80]
+    error = jsonschema.exceptions.best_match([error])  # of an anyOf, the part that fits best
+    place = printable("/".join(map(str, error.absolute_path)))[-30:]
+    rule = f"{place}: breaks {error.validator} {error.validator_value!r}".removeprefix(": ")
+    return rule[:100]

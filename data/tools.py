@@ -1,211 +1,136 @@
-"""Everything that answers calls without a model: utility tools, a user's own tools, backends.
+"""Everything that answers calls without a model: a user's own tools and backends.
 
 A backend is a function. It takes a list of (tool, arguments) and returns an observation for each.
 """
-import ast
 import importlib.util
 import json
-import math
-import operator
-import re
+import sys
 import zlib
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
-from data import InputError
-from data.schema import Rejected, check_function, check_schema, object_schema, strict_json
+from data import InputError, read_file
+from data.guard import failure, guarded
+from data.schema import Rejected, check_name, object_schema, strict_json
+from data.user_schema import check_strict, check_user_schema
+from data.utilities import TEXT, UTILITIES
 
-# ----------------------------------------------------------------------------------- utility tools
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Mod: operator.mod, ast.FloorDiv: operator.floordiv,
-             ast.USub: operator.neg, ast.UAdd: operator.pos}
-
-
-def calculator(expression: str) -> dict:
-    """Compute numbers, + - * / // % and parentheses. It walks the syntax tree; nothing is eval'ed.
-
-    >>> calculator("2 * (3 + 4)"), calculator("2 ** 9")
-    ({'result': 14}, {'error': 'only numbers and + - * / // % ( ) are known'})
-    """
-    def value(node: ast.AST) -> int | float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            if abs(node.value) < 1e15:
-                return node.value
-        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.operand))
-        raise ValueError
-
-    if len(expression) > 200:
-        return {"error": "expression too long"}
-    try:
-        if not re.fullmatch(r"[0-9.eE+*/%() -]*", expression):  # before Python's parser sees it
-            raise ValueError
-        result = value(ast.parse(expression.strip(), mode="eval").body)
-        return {"result": result} if math.isfinite(result) else {"error": "no finite result"}
-    except (ZeroDivisionError, OverflowError):
-        return {"error": "no finite result"}
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return {"error": "only numbers and + - * / // % ( ) are known"}
-
-
-def compare(names: list[str], values: list, pick: str) -> dict:
-    """The name whose value is smallest or largest. Values: numbers, also as text, or ISO dates.
-
-    >>> compare(["Ada", "Bo"], [1815, 1790], "smallest")
-    {'result': 'Bo'}
-    """
-    def key(value: object) -> float | date:
-        if isinstance(value, (int, float)):
-            return value
-        if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", value):
-            return float(value)
-        return date.fromisoformat(value)
-
-    if len(names) != len(values) or not names:
-        return {"error": "as many values as names are needed"}
-    try:
-        keys = [key(value) for value in values]
-        best = min(keys) if pick == "smallest" else max(keys)
-    except (TypeError, ValueError):
-        return {"error": "values must be all numbers or all dates like 1999-12-31"}
-    if keys.count(best) > 1:
-        return {"error": "the values are equal"}
-    return {"result": names[keys.index(best)]}
-
-
-def date_difference(start: str, end: str) -> dict:
-    """Days from one ISO date to another.
-
-    >>> date_difference("2000-02-28", "2000-03-01")
-    {'days': 2}
-    """
-    try:
-        return {"days": (date.fromisoformat(end) - date.fromisoformat(start)).days}
-    except ValueError:
-        return {"error": "dates must look like 1999-12-31"}
-
-
-def count(items: list) -> dict:
-    """The number of different items in a list."""
-    return {"result": len({json.dumps(item, sort_keys=True) for item in items})}
-
-
-def guarded(function: Callable[..., object]) -> Callable[..., dict]:
-    """Wrap a tool's code: an exception becomes an error observation, another value an object."""
-    def run(*values: object, **arguments: object) -> dict:
-        try:
-            result = strict_json(json.dumps(function(*values, **arguments)), most=100_000)
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}"[:200]}
-        return result if isinstance(result, dict) else {"result": result}
-    return run
-
-
-def utility(run: Callable, description: str, returns: dict, **properties: dict) -> dict:
-    """The four parts of a utility tool and its code."""
-    parameters = object_schema(**properties)
-    return {"name": run.__name__, "description": description, "parameters": parameters,
-            "returns": object_schema(**returns), "run": guarded(run)}
-
-
-TEXT = {"type": "string"}
-INTEGER = {"type": "integer"}
-UTILITIES = (
-    utility(compare, "Pick the name with the smallest or largest value.", {"result": TEXT},
-            names={"type": "array", "items": TEXT},
-            values={"type": "array", "items": {"type": ["number", "string"]}},
-            pick={"enum": ["smallest", "largest"]}),
-    utility(calculator, "Compute an expression.", {"result": {"type": "number"}}, expression=TEXT),
-    utility(date_difference, "Days from start to end.", {"days": INTEGER}, start=TEXT, end=TEXT),
-    utility(count, "Count the different items.", {"result": INTEGER}, items={"type": "array"}))
-
+# agents.py takes the utility tools from here.
+__all__ = ["TEXT", "UTILITIES", "blanked", "guarded", "read_tools", "real", "shuffled"]
 
 # ------------------------------------------------------------------------------- a user's own tools
+
+# What the formats call the parts of a tool: OpenAI, MCP (inputSchema, outputSchema), Anthropic
+# (input_schema), transformers (return). `returns` is this program's own.
+PARTS = {"name": "name", "description": "description", "strict": "strict",
+         "parameters": "parameters", "inputSchema": "parameters", "input_schema": "parameters",
+         "returns": "returns", "outputSchema": "returns", "return": "returns"}
+# These parts say nothing about a call or its result.
+IGNORED = ("type", "title", "annotations", "_meta", "execution", "icons", "cache_control")
+ANY_OBJECT = {"type": "object"}
+HOLDERS = ("result", "tools", "functions")  # the keys under which an object holds a list of tools
 
 
 def read_tools(path: Path) -> list[dict]:
     """Read a user's tools. InputError names the tool and the rule that it breaks.
 
-    A JSON file holds a list of OpenAI functions, each with an optional schema `returns`; the
-    ToolActor simulates them. A Python file is executed; its TOOLS are pairs of such a function and
-    the Python function that a call runs.
+    A JSON file holds tools in any format that PARTS names; the ToolActor simulates them. A Python
+    file is executed; its TOOLS are pairs of such a tool and the function that a call runs.
     """
     path = Path(path)
+    content = read_file(path)
     made: list[dict] = []
-    taken = {tool["name"] for tool in UTILITIES}
+    taken: set[str] = set()
     place = ""
     try:
-        for number, (schema, run) in enumerate(_read_pairs(path), 1):
+        pairs = _run_file(path) if path.suffix == ".py" else _read_list(content)
+        for number, (tool, run) in enumerate(pairs, 1):
             place = f"tool {number}: "
-            function = dict(schema.get("function", schema))
-            place = f"tool {number} ({function.get('name')!r:.70}): "
-            made.append(_user_tool(function, run, taken))
-            taken.add(function["name"])
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    except Rejected as error:
-        raise InputError(f"{path}: {place}{error}") from None
-    except Exception as error:  # a user's file may raise anything
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise InputError(f"{path}: {place}{reason}") from None
+            tool = _unwrapped(tool)
+            place = f"tool {number} ({tool.get('name')!r:.70}): "
+            made.append(_user_tool(tool, run, taken))
+            taken.add(tool["name"])
+        if not made:
+            raise Rejected("no tools; at least one is needed")
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        reason = str(error) if isinstance(error, Rejected) else failure(error)
+        raise InputError(f"{path}: {place}{' '.join(reason.split())}") from None
     return made
 
 
-def _read_pairs(path: Path) -> list[tuple[dict, Callable | None]]:
-    """The functions of a file, each with its code or None."""
-    if path.suffix == ".py":
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        pairs = list(module.TOOLS)
-    else:
-        schemas = strict_json(path.read_text(encoding="utf-8"), most=100_000)
-        if not isinstance(schemas, list):
-            raise Rejected("expected a JSON list of tools")
-        pairs = [(schema, None) for schema in schemas]
-    if not pairs:
-        raise Rejected("no tools; at least one is needed")
+def _read_list(content: bytes) -> list[tuple]:
+    """The tools of a JSON file, each with None in place of code."""
+    found = strict_json(content.decode("utf-8-sig"), most=100_000)
+    for key in HOLDERS:
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+    tools = found if isinstance(found, list) else [found]
+    return [(tool, None) for tool in tools]
+
+
+def _run_file(path: Path) -> list[tuple]:
+    """Execute a Python file -> its TOOLS."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # the file and its functions may import their neighbours
+    spec = importlib.util.spec_from_file_location(f"real_tools_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks its module up
+    spec.loader.exec_module(module)
+    pairs = getattr(module, "TOOLS", None)
+    if not isinstance(pairs, list | tuple):
+        raise Rejected("no TOOLS; expected a list of pairs (tool, function)")
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Rejected(f"tool {number}: expected a pair (tool, function)")
+        if pair[1] is not None and not callable(pair[1]):
+            raise Rejected(f"tool {number}: expected a function, found {pair[1]!r:.70}")
     return pairs
 
 
-def _user_tool(function: dict, run: Callable | None, taken: set[str]) -> dict:
-    """Check one function of a user -> the parts of its Tool. Without `returns`, any object fits."""
-    strict = function.pop("strict", False)
-    for part in ("name", "description", "parameters"):
-        if part not in function:
-            raise Rejected(f"no {part}")
-    if unknown := set(function) - {"name", "description", "parameters", "returns"}:
-        raise Rejected(f"unknown part {min(unknown)}")
-    if "returns" in function:
-        check_schema(function["returns"])
-    check_function(function, taken)
-    if strict:
-        _check_strict(function["parameters"])
-    return {"returns": {"type": "object"}, **function, "run": guarded(run) if run else None}
+def _unwrapped(tool: object) -> dict:
+    """A copy of a tool, in which the parts that OpenAI keeps under `function` stand beside it."""
+    tool = strict_json(json.dumps(tool), most=100_000)
+    if not isinstance(tool, dict):
+        raise Rejected(f"expected a JSON object, found {tool!r:.70}")
+    inner = tool.pop("function", {})
+    if not isinstance(inner, dict):
+        raise Rejected(f"function: expected a JSON object, found {inner!r:.70}")
+    return tool | inner
 
 
-def _check_strict(schema: dict) -> None:
-    """OpenAI's strict mode: every object is closed and all its properties are required."""
-    todo: list[object] = [schema]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, list):
-            todo += node
-        elif isinstance(node, dict):
-            kinds = node.get("type") or ""  # a string or a list
-            if "properties" in node or "object" in kinds:
-                if node.get("additionalProperties") is not False:
-                    raise Rejected("strict, but an object is open")
-                if set(node.get("required", [])) != set(node.get("properties", {})):
-                    raise Rejected("strict, but a property is not required")
-            for key, child in node.items():
-                # The keys of `properties` are names of properties, not keywords.
-                named = key == "properties" and isinstance(child, dict)
-                todo += child.values() if named else [child]
+def _renamed(tool: dict) -> dict:
+    """The parts of a tool under the names of PARTS. A part that is null counts as missing."""
+    if tool.get("type") not in (None, "function", "custom"):
+        raise Rejected(f"type {tool['type']!r:.70}; expected a function")
+    given: dict = {}
+    for key, value in tool.items():
+        if key not in PARTS and key not in IGNORED:
+            raise Rejected(f"unknown part {key}")
+        if PARTS.get(key) in given:
+            raise Rejected(f"{key} beside another name of the same part")
+        if key in PARTS and value is not None:
+            given[PARTS[key]] = value
+    return given
+
+
+def _user_tool(tool: dict, run: Callable | None, taken: set[str]) -> dict:
+    """Check one tool of a user -> the parts of its Tool."""
+    parts = {"description": "", "parameters": object_schema(), "returns": ANY_OBJECT}
+    parts |= _renamed(tool)
+    if "name" not in parts:
+        raise Rejected("no name")
+    check_name(parts["name"], taken)
+    if not isinstance(parts["description"], str):
+        raise Rejected("bad description")
+    is_object = isinstance(parts["returns"], dict) and parts["returns"].get("type") == "object"
+    if "return" in tool and not is_object:
+        parts["returns"] = object_schema(result=parts["returns"])  # as `guarded` returns it
+    for part in ("parameters", "returns"):
+        parts[part] = check_user_schema(parts[part], part)
+    if parts.pop("strict", False):
+        check_strict(parts["parameters"])
+    return {**parts, "run": guarded(run) if run else None}
 
 
 # ---------------------------------------------------------------------------------------- backends

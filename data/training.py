@@ -11,7 +11,7 @@ from data import InputError, printable, read_json
 from data.conversations import read_conversations
 from data.read import Item, read_questions
 from data.score import exact_match, holds, normalize
-from data.tools import UTILITIES
+from data.utilities import UTILITIES
 from data.world import HELD_OUT, World, make_questions, mixed
 
 ROLES = ("agent", "maker", "actor")
@@ -48,11 +48,14 @@ def to_records(trace, box, no_result: dict) -> list[dict]:
     reads them. no_result: the observation of a failed simulation.
     """
     def parts(tool) -> dict:
-        names = ("name", "description", "parameters", "returns", "source")
-        return {name: getattr(tool, name) for name in names if getattr(tool, name)}
+        names = ["name", "description", "parameters", "returns"]
+        if tool.source:
+            names.append("source")
+        return {name: getattr(tool, name) for name in names}
 
-    utilities = [spec["name"] for spec in UTILITIES]
-    tools = {tool.name: tool for tool in trace.tools if tool.name not in utilities}
+    # By their code, because a user's tool may have the name of a utility.
+    utilities = [spec["run"] for spec in UTILITIES]
+    tools = {tool.name: tool for tool in trace.tools if tool.run not in utilities}
     turns = []
     for turn in trace.turns:
         if turn.answer is not None:

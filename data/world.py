@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from data.schema import object_schema
-from data.tools import compare
+from data.utilities import compare
 
 # Numbers are strings, as in many web APIs. The miniature learns to copy a quoted digit as early as
 # a name, but a bare digit much later.

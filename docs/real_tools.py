@@ -1,9 +1,10 @@
 """Real tools beside simulated ones: python mtr.py eval --real-tools docs/real_tools.py
 
-This file is executed. TOOLS holds pairs: a function in OpenAI's format, and the Python function
-that a call runs. A call passes its arguments by name. The return value is the observation; an
-exception becomes an error observation. These tools are offered beside the ToolMaker's. If the
-ToolMaker wrote a tool of the same name, this file's tool replaces it.
+This file is executed. TOOLS holds pairs: a tool in the format of OpenAI, MCP, Anthropic or
+transformers, and the Python function that a call runs; it may be a coroutine. A call passes its
+arguments by name. The return value is the observation; an exception becomes an error observation.
+These tools are offered beside the ToolMaker's and the utility tools. If one of those has the same
+name, this file's tool replaces it.
 """
 from data.world import make_world
 
@@ -16,7 +17,7 @@ def mayor(city: str) -> dict:
 
 
 def letters(text: str) -> int:
-    """Any JSON value may be returned. A value that is no object becomes {"result": value}."""
+    """Any JSON value or date may be returned. One that is no object becomes {"result": value}."""
     return sum(letter.isalpha() for letter in text)
 
 

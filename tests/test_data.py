@@ -51,7 +51,7 @@ def test_all_examples_in_docstrings_run():
     assert {"agents", "model", "sft", "grpo", "mtr", "data.score", "data.world", "data.tools",
             "data.schema", "data.own", "run", "evaluate", "report"} <= set(results)
     assert not any(result.failed for result in results.values()), results
-    for name in ("data.own", "data.schema", "data.score", "data.tools", "data.world"):
+    for name in ("data.guard", "data.own", "data.schema", "data.score", "data.utilities", "data.world"):
         assert results[name].attempted, name
 
 

@@ -270,7 +270,6 @@ def test_a_users_tool_is_offered_beside_the_others(stand_in, folder, data):
 
 FAILING = """
 import sys
-from datetime import date
 
 class Odd:
     pass
@@ -282,7 +281,7 @@ TOOLS = [({{"name": "birthplace", "description": "d", "parameters": {{"type": "o
 """
 
 
-@pytest.mark.parametrize("body", ["raise ValueError('no')", "sys.exit(3)", "return date(2000, 1, 1)", "return float('nan')", "return Odd()"])
+@pytest.mark.parametrize("body", ["raise ValueError('no')", "sys.exit(3)", "return float('nan')", "return Odd()"])
 def test_a_real_tool_that_fails_every_time_shows_in_the_row(body, stand_in, folder, data, tmp_path):
     """Its calls are valid, so valid_calls does not show it. Of the 7 calls, one is refused."""
     path = tmp_path / "own.py"

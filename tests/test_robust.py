@@ -220,12 +220,12 @@ def bases(folder):
     asked = [{"id": "1", "question": "Q?", "golden_answers": ["Velka", "V"]}, {"id": "2", "question": "R?", "golden_answers": ["x"]}]
     calls = [call.split("\n")[1] for call in (call_text("birthplace", {"person": "Bo"}), call_text("f", {"a": 0.25}),
              call_text("compare", {"names": ["A", "B"], "values": [1, 2.5], "pick": "largest"}))]
-    return [(TURNS, a_turn, 30), (calls, a_call, 20), ([reply, rich, rich], the_tools, 20),
+    return [(TURNS, a_turn, 30), (calls, a_call, 20), ([reply, rich, rich], the_tools, 24),
             (['{"birthplace": "Velka"}', '{"error": "none"}', '{"r": 0.5}'], an_observation, 10),
             (["(17 + 4) * 2", "1e3 / 7 - -2", "7 // 2 % 3", "2.5*(3-1)+((4))"], an_expression, 12),
             ([(folder / "config.json").read_text()], lambda t, k: a_model_folder(t, k, folder), 2),
             ([json.dumps([mine]), json.dumps([{"type": "function", "function": a_tool()}])],
-             a_file("tools.json", evaluate.load_tools, folder), 12),
+             a_file("tools.json", evaluate.load_tools, folder), 8),
             ([json.dumps(trace)], a_file("traces.jsonl", lambda path: sft.read_traces(path, sft.split_conversation), folder), 3),
             (["\n".join(map(json.dumps, done)) + "\n"], a_file("done.jsonl", read_again, folder), 6),
             ([json.dumps(asked), "\n".join(map(json.dumps, asked))], a_file("questions.json", read_questions, folder), 3)]
