@@ -63,8 +63,8 @@ def show_run(folder: str) -> None:
 def show_evaluation(rows: list[dict]) -> None:
     """Print the rows of an evaluation and who answered. Each table fits 80 columns."""
     for names in (("n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high"),
-                  ("grammar", "clean_turns", "valid_calls", "failed_calls", "support"),
-                  ("rule", "calls", "length", "seconds", "bad")):
+                  ("grammar", "clean_turns", "valid_calls", "failed_calls"),
+                  ("rule", "support", "calls", "length", "seconds", "bad")):
         print_table(rows, {name: name for name in ("set", *names)})
         print()
     row = rows[0]

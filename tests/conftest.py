@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import run as run_file
 import sft
+from data.folders import locks
 from data.tokenizer import train_tokenizer
 from model import ModelConfig, Tokenizer, Transformer, save_model
 
@@ -23,6 +24,13 @@ collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.fin
 def own_device_and_precision(monkeypatch):
     """What a program chose with --device and --precision in one test does not hold in the next."""
     monkeypatch.setattr(run_file, "chosen", dict(run_file.chosen))
+
+
+@pytest.fixture(autouse=True)
+def a_program_ends_with_its_test():
+    """So its locks on run folders end, too."""
+    yield
+    locks.clear()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ import run as run_file
 import sft
 from data import InputError, tables
 from data.conversations import write_sample
+from data.folders import locks
 from data.prompts import SHORT
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from data.world import HELD_OUT, make_questions, make_world, tools_for
@@ -38,8 +39,8 @@ CONTROLS = ["majority", "closed_book", "sft_continued", "sft_blanked", "sft_shuf
             "grpo_shuffled"]
 
 
-FIELDS = {"row", "n", "em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "clean_turns",
-          "support", "calls", "length", "by_set"}
+FIELDS = {"row", "n", "em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "failed_calls",
+          "clean_turns", "support", "calls", "length", "by_set"}
 
 
 def program(*words, cwd=ROOT):
@@ -72,7 +73,7 @@ def test_a_run_leaves_what_the_readme_promises(run):
 def test_results_hold_every_row_and_field(run):
     results = json.loads((run[0] / "results.json").read_text())
     assert [row["row"] for row in results["rows"]] == ROWS
-    assert set(results) == {"seed", "seconds", "actor_recall", "actor_fidelity", "maker", "rows"}
+    assert set(results) == {"seed", "seconds", "trained_by", "actor_recall", "actor_fidelity", "maker", "rows"}
     assert set(results["maker"]) == {"valid", "exact", "accepted", "regenerated", "fallback"}
     for row in results["rows"]:
         assert set(row) == FIELDS
@@ -239,6 +240,7 @@ def test_resume_repeats_no_finished_stage(run, capsys):
     assert printed[printed.index("\nrow"):] == run[1][run[1].index("\nrow"):]
     assert "3/3" not in printed
     (out / "results.json").unlink()
+    locks.clear()  # as if the program had ended
     done = program("mtr.py", "--toy", "--resume", "--out", out, "--threads", 1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert files == {path: path.stat().st_mtime_ns for path in files}
@@ -647,7 +649,7 @@ def test_the_screen_has_80_columns_and_explains_all_that_it_shows(rows, tmp_path
 def test_the_tables_of_eval_have_80_columns_and_all_fields(capsys):
     """With the names of the benchmarks' own files."""
     scores = ["n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high", "grammar", "clean_turns",
-              "valid_calls", "support", "calls", "length", "seconds", "bad"]
+              "valid_calls", "failed_calls", "support", "calls", "length", "seconds", "bad"]
     row = dict.fromkeys(scores, 0.5) | {"n": 7405, "bad": 0, "seconds": 12345.678, "length": 1234.5,
                                         "model": "qwen", "backend": "simulated", "samples": 1,
                                         "temperature": 0.0}

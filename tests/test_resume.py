@@ -21,6 +21,7 @@ import run as run_file
 import sft
 from agents import Trace
 from data import InputError, fingerprint
+from data.folders import locks
 from data.options import Config
 from model import load
 from run import Run
@@ -287,7 +288,7 @@ def test_two_programs_never_write_to_one_run(begun, tmp_path):
     folder, go = begun
     code = HOLD.format(root=str(Path(__file__).parents[1]), path=str(tmp_path / "lock"))
     before = contents(folder)
-    run_file.lock.__globals__["locks"].clear()  # this process has held it since `begun`
+    locks.clear()  # this process has held it since `begun`
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         for again in (lambda: go(5, resume=True), lambda: Run(tmp_path / "grpo", config(tmp_path), ["step"])):
