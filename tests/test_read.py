@@ -285,6 +285,7 @@ def test_a_pipe_is_read_more_than_once(tmp_path, monkeypatch):
     writer = subprocess.Popen(["cp", CASES / "plain.jsonl", tmp_path / "pipe"])
     first = read_questions(tmp_path / "pipe")
     assert writer.wait() == 0 and len(first.items) == 2
+    (tmp_path / "pipe").unlink()  # without its memory the program would wait for ever
     assert read_questions(tmp_path / "pipe") == first and question_files([tmp_path / "pipe"]) == [tmp_path / "pipe"]
 
 
