@@ -116,10 +116,18 @@ def _read_records(file: Path) -> tuple[list[Record], Format]:
     readable = [record.fields for record in records if not record.error]
     if readable:
         keys = printable(", ".join(sorted({key.lower() for key in readable[0]}))) or "none"
-        reasons = "; ".join(f"{form.rule}: {misfit(readable[0], form)}" for form in FORMATS)
-        raise InputError(f"{file}: a record with the keys {keys} is of no known format ({reasons})")
+        raise InputError(f"{file}: a record with the keys {keys} is of no known format "
+                         f"({_why_none(readable[0])})")
     found = f"{records[0].place}: {printable(records[0].error)}" if records else "none"
     raise InputError(f"{file}: expected records with a question and an answer, found {found}")
+
+
+def _why_none(fields: dict) -> str:
+    """Return why a record is of no format: what each format lacks whose question it has."""
+    near = [form for form in FORMATS if form.keys[0] in fields]
+    if not near:
+        return "expected at least question and answer"
+    return "; ".join(f"{form.rule}: {misfit(fields, form)}" for form in near)
 
 
 def _to_record(place: str, row: object, number: int) -> Record:

@@ -151,9 +151,9 @@ LIKE_BOTH = {"_id": "a", "type": "comparison", "question": "x", "answer": "y", "
 
 
 @pytest.mark.parametrize("content, found", [
-    (b"", "none"), (b"hello\n", "none"), (b"name,age\nBo,3\n", "keys age, name .*bamboogle: no Question"),
+    (b"", "none"), (b"hello\n", "none"), (b"name,age\nBo,3\n", "keys age, name .*expected at least question and answer"),
     (b'{"question": "x"}', "keys question "),
-    (b"[1, 2]", "record 1: not a JSON object"), (b'{"data": [\n1]}', "not a JSON object"), (b'[{"id": 1, "answer": "y"}]', "no question"),
+    (b"[1, 2]", "record 1: not a JSON object"), (b'{"data": [\n1]}', "not a JSON object"), (b'[{"id": 1, "answer": "y"}]', "keys answer, id .*expected at least question and answer"),
     (b"[{", "not readable"), (b"\xff\xfe\x00", "not readable"), (b"[" * 100_000, "not readable"), (b'Question,Answer\n"x', "not readable"),
     (b'[{"_id": 1, "question": "x", "context": []}]', "keys _id, context, question "),
     # Cut off, or a comma is missing: no part of such a file is a record of its own.

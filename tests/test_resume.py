@@ -2,6 +2,7 @@
 
 With MTR_DEEP=1 the runs are longer and are killed 26 times, not 5 times."""
 import csv
+import io
 import json
 import math
 import os
@@ -465,6 +466,14 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
         run_file.run_main(main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, --group, " in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_cannot_print_a_character_shows_another(encoding, handlers, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    run_file.run_main(lambda: print("Bo\u2192Velka \U0001f600", flush=True))
+    assert shown.buffer.getvalue() == b"Bo?Velka ?\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("a bug"), KeyError("a bug")], ids=repr)
