@@ -134,6 +134,9 @@ class EvalConfig(AgentConfig):
         for name in ("model", "grounded"):
             if getattr(self, name) and not self.data:
                 raise InputError(f"{name}: it needs question files, --data FILE")
+        if self.grounded and (self.backend == "real" or not self.tools):
+            raise InputError("grounded: only the ToolActor reads the paragraphs; leave out "
+                             "--no-tools and --backend real")
 
 
 @dataclass
@@ -252,12 +255,12 @@ class Players:
         """The ToolMaker's tools and the user's. A user's tool replaces one of the same name."""
         if not self.config.tools:
             return []
-        tools = {}
-        for tool in [] if self.only_own else box.tools:
+        made = [] if self.only_own else box.tools
+        tools = {tool.name: tool for tool in [*made, *self.own]}
+        for name, tool in tools.items():
             if self.config.grounded and not tool.run:
-                tool = replace(tool, source=item.paragraphs)
-            tools[tool.name] = tool
-        return list((tools | {tool.name: tool for tool in self.own}).values())
+                tools[name] = replace(tool, source=item.paragraphs)
+        return list(tools.values())
 
 
 def need_paragraphs(items: list[Item]) -> None:
@@ -274,7 +277,7 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     the file that the official script reads (SET.predictions).
     """
     folder = Path(config.out) / config.name
-    taken = ("", "..", "sft", "grpo", "sft_continued", "heldout")
+    taken = ("", "..", "lock", "sft", "grpo", "sft_continued", "heldout")
     if "/" in config.name or config.name in taken:
         raise InputError(f"name: expected a name that no part of a run has, found {config.name!r}")
     if folder.exists():
@@ -331,7 +334,7 @@ def make_traces(config: TracesConfig) -> Counter:
     players = Players(config)
     settings = asdict(players.simulator.config)
     settings = {name: settings[name] for name in SETTINGS}
-    own_tools = [config.real_tools] if config.real_tools else []
+    own_tools = data.tools.tool_files(Path(config.real_tools)) if config.real_tools else []
     settings["sources"] = fingerprint(config.model, *question_files(config.data), *own_tools)
     settings["prompts"] = asdict(players.simulator.tokenizer.prompts)
     lock(path)

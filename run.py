@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agents import Trace
-from data import InputError, fingerprint, read_json
+from data import InputError, fingerprint, prompts, read_json
 from data.folders import gets_steps, lock, whole_folder
 from data.options import Config
 from model import Tokenizer, Transformer, save_model
@@ -100,13 +100,15 @@ class Run:
 
     def __init__(self, folder: Path, config, columns: list[str], sources: tuple = ()):
         """sources: the model folder and the files that the stage reads."""
+        lock(folder.parent / "lock")
         self.folder = folder
         self.columns = columns
         self.save_every = config.save_every
         self.state = {"step": 0, "logs": {}}
         self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
         self.finished = (folder / "model" / "config.json").exists()
-        options = {**asdict(config), "sha256_of_model_and_data": fingerprint(*sources)}
+        options = {**asdict(config), "sha256_of_model_and_data": fingerprint(*sources),
+                   "sha256_of_prompts": fingerprint(prompts.__file__)}
         if not (self.checkpoint or self.finished):
             self._begin(options)
         elif config.resume:
@@ -120,7 +122,6 @@ class Run:
         begun = (self.folder / "config.json").exists()
         if self.folder.exists() and any(self.folder.iterdir()) and not begun:
             raise InputError(f"{self.folder}: holds something that is not a run; nothing was done")
-        lock(self.folder.parent / "lock")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_config(options)
         for name in LOGS:
@@ -132,8 +133,11 @@ class Run:
 
     def _resume(self, options: dict) -> None:
         """Go back to the last checkpoint. A finished run that gets more steps goes on."""
-        lock(self.folder.parent / "lock")
         if gets_steps(self.folder, options, self.finished):
+            if not self.checkpoint:
+                raise InputError(f"steps: {self.folder} has no checkpoint to continue from")
+            # Without this file the model does not count as finished.
+            (self.folder / "model" / "config.json").unlink(missing_ok=True)
             self.finished = False
             self._write_config(options)
         if self.checkpoint and not self.finished:

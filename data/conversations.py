@@ -1,52 +1,40 @@
 """Files of conversations: the kinds of lines that stage 1 reads, and the sample in data/sample."""
 import json
-from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import InputError, printable, read_file, read_json
+from data import InputError, printable, read_file
 from data.messages import read_messages
 from data.prompts import SHORT
+from data.rows import json_rows
 from data.world import HELD_OUT, make_questions, make_world, teach
 
 
-def read_conversations(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield (place, conversation) from a JSONL file or a JSON list. InputError names the place.
-
-    A line of mtr.py traces holds several conversations, or none if its trace was not kept.
+def read_conversations(path: str) -> Iterator[tuple[str, list[dict]]]:
+    """Yield (place, conversations about one question) from a JSON or JSONL file. InputError names
+    the place. The list is empty if mtr.py traces did not keep the trace.
     """
-    for place, row in _json_rows(path):
+    content = read_file(path)
+    try:
+        rows = json_rows(content.decode("utf-8-sig").rstrip())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 JSON or JSONL ({error})") from None
+    for place, row in rows:
         try:
-            for record in _of_row(row):
-                yield place, record
+            yield place, _conversations(row)
         except InputError as error:
             raise InputError(f"{path}: {place}: {printable(str(error))}") from None
 
 
-def _json_rows(path: str) -> Iterator[tuple[str, object]]:
-    content = read_file(path).removeprefix(BOM_UTF8)
-    if content.lstrip().startswith(b"["):
-        for number, row in enumerate(read_json(path, list), 1):
-            yield f"element {number}", row
-        return
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}: line {number}: not JSON ({error})") from None
-            yield f"line {number}", row
-
-
-def _of_row(row: object) -> list[dict]:
-    """The conversations of a line, of whichever kind it is."""
-    keys = row if isinstance(row, dict) else {}
-    if isinstance(keys.get("messages"), list):
-        return [read_messages(row)]
-    if isinstance(keys.get("conversations"), list):
-        return row["conversations"]
-    if "role" in keys:
-        return [row]
+def _conversations(row: object) -> list[dict]:
+    """The conversations of a record, of whichever kind it is."""
+    if isinstance(row, dict):
+        if isinstance(row.get("messages"), list):
+            return [read_messages(row)]
+        if isinstance(row.get("conversations"), list):
+            return row["conversations"]
+        if "role" in row:
+            return [row]
     raise InputError("expected an object with a list of conversations (a line of mtr.py traces), "
                      "a list of OpenAI messages, or a role (agent, maker or actor); "
                      f"found {row!r:.60}")

@@ -35,6 +35,9 @@ def lock(path: Path) -> None:
 
 # What --resume may change. Of files the bytes are compared, not the paths.
 FREE = ("out", "resume", "sft", "model", "traces", "data", "save_every", "threads")
+# The contents that a stage depends on, in words.
+CONTENTS = {"sha256_of_model_and_data": "another content of the model, traces or questions",
+            "sha256_of_prompts": "other prompts (data/prompts.py)"}
 
 
 def gets_steps(folder: Path, options: dict, finished: bool) -> bool:
@@ -46,8 +49,8 @@ def gets_steps(folder: Path, options: dict, finished: bool) -> bool:
     for name, value in json.loads(json.dumps(options)).items():
         free = name in FREE or (name == "steps" and (grows or finished))
         if not free and value != begun.get(name):
-            raise InputError(f"{name}: the run in {folder} was started with {begun.get(name)!r}, "
-                             f"not {value!r}")
+            other = CONTENTS.get(name, f"{begun.get(name)!r}, not {value!r}")
+            raise InputError(f"{name}: the run in {folder} was started with {other}")
     changed = [name for name in ("steps", "threads") if options[name] != begun.get(name)]
     if changed and (grows or not finished):
         print(f"{folder}: other {' and '.join(changed)} than at its start, so its weights will "

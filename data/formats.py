@@ -31,6 +31,7 @@ ANSWERS = ("answer", "answers", "golden_answers", "golds")
 ALIASES = ("answer_aliases", "aliases")
 VIEWER = {"row_idx", "row", "truncated_cells"}  # what the hub's viewer puts around a record
 IDS = ("_id", "id", "qid", "question_id", "idx")
+NUMBERS_IN_TEXT = re.compile(r"\s*\[\s*\d+(\s*,\s*\d+)*\s*\]\s*")
 LIST_IN_TEXT = re.compile(r"[\[{\s]*[\[{]\s*['\"]")  # how a list of texts starts
 
 
@@ -132,7 +133,8 @@ def _golds(fields: dict) -> list[str]:
 
 def _answers(value: object) -> list[str]:
     """Return the texts of a text, a whole number, a list of them, or SQuAD's {"text": ...}."""
-    held = _decoded(value)
+    numbers = isinstance(value, str) and NUMBERS_IN_TEXT.fullmatch(value)
+    held = json.loads(value) if numbers else _decoded(value)
     held = held.get("text") if isinstance(held, dict) else held
     parts = held if isinstance(held, list) else [held]
     parts = [part.get("text") if isinstance(part, dict) else part for part in parts]

@@ -24,13 +24,16 @@ def read_messages(row: dict) -> dict:
     questions = []
     turns = []
     heard: list[dict] = []
-    results: list = []  # of the calls in the message before, in their order; None: not there yet
+    calls: list = []    # of the message before
     ids: list = []      # of these calls
+    results: list = []  # of these calls; None: not there yet
     for number, given in enumerate(row["messages"], 1):
         try:
             role, content = _read_message(given)
             if role == "tool":
-                results[_place(given.get("tool_call_id"), ids, results)] = content
+                place = _place(given.get("tool_call_id"), ids, results)
+                _check_name(given, calls[place])
+                results[place] = content
                 continue
             if None in results:
                 raise InputError(f"expected a tool message with the result of a call, found {role}")
@@ -70,11 +73,22 @@ def _read_message(given: dict) -> tuple[str, str]:
         if not is_text or not isinstance(part.get("text"), str):
             raise InputError(f"expected text as content, found {part!r:.60}")
     text = "".join(part["text"] for part in parts)
-    if role == "assistant" and "tool_call>" in text:
-        raise InputError("expected calls in tool_calls, found a tag of a call in content")
-    if role == "assistant" and not (text or given.get("tool_calls") or given.get("function_call")):
-        raise InputError("expected content or tool_calls, found neither")
+    if role == "assistant":
+        _check_reply(given, text)
     return role, text
+
+
+def _check_reply(given: dict, text: str) -> None:
+    """Refuse an assistant message of which a part would be lost, or that is empty."""
+    for key in ("reasoning_content", "reasoning"):
+        if given.get(key):
+            raise InputError(f"{key}: Qwen2.5's template leaves it out; write it into content")
+    if given.get("weight") not in (0, 1, None):
+        raise InputError(f"weight: expected 0 or 1, found {given['weight']!r:.60}")
+    if "tool_call>" in text:
+        raise InputError("expected calls in tool_calls, found a tag of a call in content")
+    if not (text or given.get("tool_calls") or given.get("function_call")):
+        raise InputError("expected content or tool_calls, found neither")
 
 
 def _read_calls(given: dict, names: list[str]) -> tuple[list[dict], list]:
@@ -106,6 +120,12 @@ def _functions(row: dict, key: str) -> list[tuple[str, dict]]:
         return [(function["name"], function) for function in functions]
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{key}: expected functions with a name, found {row[key]!r:.60}") from None
+
+
+def _check_name(given: dict, call: dict) -> None:
+    """A tool message may name its tool."""
+    if given.get("name") not in (None, call["name"]):
+        raise InputError(f"expected a result of {call['name']}, found one of {given['name']!r:.60}")
 
 
 def _place(call_id: object, ids: list, results: list) -> int:

@@ -2,8 +2,6 @@
 The file may be JSON, JSON Lines or CSV. Nothing is downloaded."""
 import csv
 import io
-import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import NamedTuple
 
 from data import InputError, printable, read_file
 from data.formats import FORMATS, IDS, Format, content_of, fields_of, misfit
-
-SPACE = re.compile(r"\s*")
+from data.rows import json_rows
 
 
 @dataclass(frozen=True)
@@ -149,59 +146,9 @@ def _read_rows(path: Path) -> list[tuple[str, object]]:
     try:
         text = content.decode("utf-8-sig").rstrip()
         is_json = text.lstrip().startswith(("[", "{"))
-        return _json_rows(text) if is_json else _csv_rows(text.lstrip("\r\n"))
+        return json_rows(text) if is_json else _csv_rows(text.lstrip("\r\n"))
     except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path}: not readable as UTF-8 JSON, JSONL or CSV ({error})") from None
-
-
-def _json_rows(text: str) -> list[tuple[str, object]]:
-    """Read values one after another. A single list, or an object with one, holds the records."""
-    try:
-        rows = _json_values(text)
-    except (ValueError, RecursionError):
-        rows = _json_lines(text)
-        # Few lines of a broken file of another form are objects.
-        if sum(isinstance(row, dict) for _, row in rows) < len(rows) / 2:
-            raise
-    if len(rows) > 1:
-        return rows
-    held = _held(rows[0][1])
-    return rows if held is None else [(f"record {i}", row) for i, row in enumerate(held, 1)]
-
-
-def _held(value: object) -> list | None:
-    """Return the records that a list, {"data": [...]} or {"rows": [...]} holds. None otherwise."""
-    if isinstance(value, dict) and "question" not in map(str.lower, value):
-        lists = [value[key] for key in ("data", "rows") if isinstance(value.get(key), list)]
-        return lists[0] if len(lists) == 1 else None
-    return value if isinstance(value, list) else None
-
-
-def _json_values(text: str) -> list[tuple[str, object]]:
-    """Parse values that stand one after another. Each may take any number of lines."""
-    rows = []
-    line = 1
-    end = 0
-    while end < len(text):
-        start = SPACE.match(text, end).end()
-        line += text.count("\n", end, start)
-        value, end = json.JSONDecoder().raw_decode(text, start)
-        rows.append((f"line {line}", value))
-        line += text.count("\n", start, end)
-    return rows
-
-
-def _json_lines(text: str) -> list[tuple[str, object]]:
-    """Parse each line. A broken line stays a text, which is no record."""
-    rows: list[tuple[str, object]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = line
-        if line.strip():
-            rows.append((f"line {number}", value))
-    return rows
 
 
 def _csv_rows(text: str) -> list[tuple[str, object]]:

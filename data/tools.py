@@ -58,11 +58,20 @@ def read_tools(path: Path) -> list[dict]:
     return made
 
 
+def tool_files(path: Path) -> list[Path]:
+    """The files that the tools of `path` depend on, after they were read: also its neighbours."""
+    folder = path.resolve().parent
+    files = [Path(getattr(module, "__file__", None) or "") for module in [*sys.modules.values()]]
+    return [path, *sorted(file for file in files if file.parent == folder and path.suffix == ".py")]
+
+
 def _read_list(content: bytes) -> list[tuple]:
     """The tools of a JSON file, each with None in place of code."""
     found = strict_json(content.decode("utf-8-sig"), most=100_000)
     for key in HOLDERS:
         if isinstance(found, dict) and key in found:
+            if len(found.keys() & set(HOLDERS)) > 1:
+                raise Rejected(f"{' and '.join(sorted(found.keys() & set(HOLDERS)))}; expected one")
             found = found[key]
     tools = found if isinstance(found, list) else [found]
     return [(tool, None) for tool in tools]
@@ -96,11 +105,13 @@ def _unwrapped(tool: object) -> dict:
     inner = tool.pop("function", {})
     if not isinstance(inner, dict):
         raise Rejected(f"function: expected a JSON object, found {inner!r:.70}")
+    for key in tool.keys() & inner.keys() - {"type"}:
+        raise Rejected(f"{key} beside function and in it")
     return tool | inner
 
 
 def _renamed(tool: dict) -> dict:
-    """The parts of a tool under the names of PARTS. A part that is null counts as missing."""
+    """The parts of a tool under the names of PARTS. Null and {} count as missing."""
     if tool.get("type") not in (None, "function", "custom"):
         raise Rejected(f"type {tool['type']!r:.70}; expected a function")
     given: dict = {}
@@ -109,7 +120,7 @@ def _renamed(tool: dict) -> dict:
             raise Rejected(f"unknown part {key}")
         if PARTS.get(key) in given:
             raise Rejected(f"{key} beside another name of the same part")
-        if key in PARTS and value is not None:
+        if key in PARTS and value not in (None, {}):
             given[PARTS[key]] = value
     return given
 
@@ -120,7 +131,11 @@ def _user_tool(tool: dict, run: Callable | None, taken: set[str]) -> dict:
     parts |= _renamed(tool)
     if "name" not in parts:
         raise Rejected("no name")
-    check_name(parts["name"], taken)
+    try:
+        check_name(parts["name"], taken)
+    except Rejected as error:
+        reason = "expected 1 to 64 letters, digits, _ or -, which no other tool of the file has"
+        raise Rejected(f"{error}; {reason}") from None
     if not isinstance(parts["description"], str):
         raise Rejected("bad description")
     is_object = isinstance(parts["returns"], dict) and parts["returns"].get("type") == "object"

@@ -104,30 +104,38 @@ def read_traces(path: str, check: Callable[[dict], tuple]) -> tuple[dict, dict]:
 
     Equal conversations of different traces count once.
     """
-    records: dict[str, dict[str, dict]] = {role: {} for role in ROLES}
-    for place, record in read_conversations(path):
-        try:
-            of_role = records[record["role"]]
-            _, turns = check(record)
-            if not turns:
-                raise ValueError("a conversation without turns")
-            if not isinstance(record.get("question", ""), str):
-                raise TypeError("the question is not a text")
-            of_role.setdefault(json.dumps(record, sort_keys=True), record)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = printable(f"{type(error).__name__}: {error}")
-            raise InputError(f"{path}: {place}: not a whole conversation of role agent, maker or "
-                             f"actor ({reason})") from None
-    if not any(records.values()):
+    # By role: each different conversation, with the questions that it is about.
+    records: dict[str, dict[str, tuple[dict, set]]] = {role: {} for role in ROLES}
+    for place, conversations in read_conversations(path):
+        question = ""  # those of the ToolActor in a line are about the question of the others
+        for record in conversations:
+            try:
+                of_role = records[record["role"]]
+                _, turns = check(record)
+                if not turns:
+                    raise ValueError("a conversation without turns")
+                question = record.get("question", question)
+                key = json.dumps(record, sort_keys=True)
+                of_role.setdefault(key, (record, set()))[1].add(normalize(question))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                reason = printable(f"{type(error).__name__}: {error}")
+                raise InputError(f"{path}: {place}: not a whole conversation of role agent, maker "
+                                 f"or actor ({reason})") from None
+    missing = [role for role in ROLES if not records[role]]
+    if len(missing) == len(ROLES):
         raise InputError(f"{path}: no conversation in it, so there is nothing to learn")
+    if missing:
+        print(f"{path}: no conversations of the roles {', '.join(missing)}; they are not trained")
+    asked = [about for _, about in chain(*[part.values() for part in records.values()])]
+    chosen = choose_held_out(chain(*asked))
     train: dict[str, list[dict]] = {role: [] for role in ROLES}
-    valid: dict[str, list[dict]] = {"agent": [], "maker": []}  # the ToolActor has no question
-    asked = chain(records["agent"].values(), records["maker"].values())
-    chosen = choose_held_out(record["question"] for record in asked)
+    valid: dict[str, list[dict]] = {"agent": [], "maker": []}
     for role in ROLES:
-        for record in records[role].values():
-            part = valid if role in valid and normalize(record["question"]) in chosen else train
-            part[role].append(record)
+        for record, about in records[role].values():
+            if not about <= chosen:
+                train[role].append(record)
+            elif role in valid:  # the ToolActor must not learn the answers of held-out questions
+                valid[role].append(record)
     return train, valid
 
 

@@ -193,7 +193,7 @@ def without(part, **changes):
 @pytest.mark.parametrize("tools, culprit", [
     ("{", "JSON"), (3, "object"), ([], "at least one"), ([WEATHER, 3], "tool 2"), ([MAYOR, MAYOR], "tool 2"),
     (without("name"), "tool 1"), (without("", description=3), "tool 1"), (without("", name="a b"), "name"),
-    (without("", extra=1), "tool 1"), (without("", parameters=[]), "object"), (without("", returns={}), "object"),
+    (without("", extra=1), "tool 1"), (without("", parameters=[]), "object"), (without("", returns=[]), "object"),
     (without("", parameters={"type": "object", "properties": {"a": {"type": "text"}}}), "properties/a/type")], ids=repr)
 def test_a_broken_file_of_tools_is_refused_by_name(tmp_path, folder, ask, tools, culprit):
     code, out, err = ask("--model", folder, "Who?", "--tools", write(tmp_path / "my.json", tools))

@@ -292,6 +292,37 @@ def test_a_real_tool_that_fails_every_time_shows_in_the_row(body, stand_in, fold
     assert row["failed_calls"] == 0
 
 
+@pytest.mark.parametrize("more", [{"tools": False}, {"backend": "real"}])
+def test_grounded_needs_the_toolactor(more, folder, data):
+    """Otherwise the row would say grounded, and nothing would read the paragraphs."""
+    with pytest.raises(InputError, match="^grounded: only the ToolActor reads the paragraphs"):
+        config(folder, data, grounded=True, **more)
+
+
+def test_a_users_simulated_tools_are_grounded_too(stand_in, folder, data, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"name": "age", "parameters": {}}))
+    players = evaluate.Players(config(folder, data, grounded=True, real_tools=str(path)))
+    item = read_questions(data).items[0]
+    tools = players.tools(item, Toolbox("composition", [BIRTHPLACE], 1))
+    assert [(tool.name, tool.source) for tool in tools] == [("birthplace", "T: canary"), ("age", "T: canary")]
+
+
+def test_a_changed_neighbour_of_the_tools_does_not_continue_a_file(stand_in, folder, data, tmp_path):
+    """Only what lies beside the tools file counts, and only if it was imported."""
+    (tmp_path / "tools").mkdir()
+    for name, text in (("neighbour_a.py", "x = 1"), ("unused.py", "x = 1"),
+                       ("mine.py", FAILING.format(body="return {}") + "import neighbour_a\n")):
+        (tmp_path / "tools" / name).write_text(text)
+    own = teacher(folder, data, real_tools=str(tmp_path / "tools" / "mine.py"))
+    why = make_traces(own)
+    (tmp_path / "tools" / "unused.py").write_text("x = 2")
+    assert make_traces(own) == why
+    (tmp_path / "tools" / "neighbour_a.py").write_text("x = 2")
+    with pytest.raises(InputError, match="was begun with another checkpoint, question file or tools file"):
+        make_traces(own)
+
+
 def test_a_backend_of_real_tools_needs_their_code(stand_in, folder, data, tmp_path, out):
     """The ToolActor would simulate a tool without code, and the row would say real."""
     path = tmp_path / "own.json"

@@ -289,6 +289,20 @@ def test_a_pipe_is_read_more_than_once(tmp_path, monkeypatch):
     assert read_questions(tmp_path / "pipe") == first and question_files([tmp_path / "pipe"]) == [tmp_path / "pipe"]
 
 
+def test_blank_lines_are_no_records_beside_a_broken_one(tmp_path):
+    good = json.dumps({"question": "x", "answer": "y"})
+    (tmp_path / "x.jsonl").write_text(f"{good}\n\n  \n{{\n{good}\n")
+    items, bad, ids = read_questions(tmp_path / "x.jsonl", skip_bad=True)
+    assert len(items) == 2 and bad == [f"{tmp_path / 'x.jsonl'}: line 4: not a JSON object"] and ids == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("text, golds", [("[1990, 1991]", ["1990", "1991"]), ("[ 7 ]", ["7"]), ("[1990]s", ["[1990]s"]), ("1,000", ["1,000"])])
+def test_a_list_of_whole_numbers_in_a_cell_is_a_list(text, golds, tmp_path):
+    with open(tmp_path / "x.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "answer"), ("When?", text)])
+    assert read_questions(tmp_path / "x.csv").items[0].golds == golds
+
+
 def test_a_message_names_the_line_of_a_record_over_several_lines(tmp_path):
     rows = [{"id": "a", "question": "x", "answer": "y"}, {"id": "b", "question": "", "answer": "y"}]
     (tmp_path / "x.json").write_text("\n\n" + "\n\n".join(json.dumps(row, indent=1) for row in rows))

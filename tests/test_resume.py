@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import run as run_file
 import sft
 from agents import Trace
-from data import InputError, fingerprint
+from data import InputError, fingerprint, prompts
 from data.folders import locks
 from data.options import Config
 from model import load
@@ -271,6 +271,34 @@ def test_a_finished_run_goes_on_if_it_gets_more_steps(begun, tmp_path):
     assert [row["step"] for row in rows(folder / "metrics.csv")] == list("012")
 
 
+def test_a_grown_run_that_was_stopped_is_not_finished(begun, tmp_path):
+    """Its model is that of fewer steps, so no later stage may start from it."""
+    folder, _ = begun
+    finish(folder)
+    for _ in range(2):
+        assert not Run(folder, config(tmp_path, steps=1301, save_every=1, resume=True), ["step"]).finished
+        assert not (folder / "model" / "config.json").exists()
+
+
+def test_a_run_without_checkpoints_gets_no_more_steps(begun, tmp_path):
+    """As grpo.py --sft copies it. It would start again from random weights."""
+    folder, _ = begun
+    finish(folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(folder)
+    with pytest.raises(InputError, match=f"^steps: {folder} has no checkpoint to continue from$"):
+        Run(folder, config(tmp_path, steps=1301, save_every=1, resume=True), ["step"])
+    assert contents(folder) == before
+
+
+def test_resume_wants_the_prompts_that_the_run_began_with(begun, tmp_path):
+    folder, _ = begun
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | {"sha256_of_prompts": "other"}))
+    with pytest.raises(InputError, match=r"^sha256_of_prompts: .* was started with other prompts \(data/prompts.py\)$"):
+        Run(folder, config(tmp_path, save_every=1, resume=True), ["step"])
+
+
 def test_an_unfinished_run_gets_no_fewer_steps(begun, tmp_path):
     with pytest.raises(InputError, match="^steps: .* was started with 1300, not 7"):
         Run(begun[0], config(tmp_path, steps=7, save_every=1, resume=True), ["step"])
@@ -333,6 +361,7 @@ def test_config_json_holds_the_options_and_a_fingerprint_of_the_sources(tmp_path
     file.write_text("one")
     Run(tmp_path / "sft", config(tmp_path, lr=0.25), ["step"], (folder, file))
     begun = json.loads((tmp_path / "sft" / "config.json").read_text())
+    assert begun.pop("sha256_of_prompts") == fingerprint(prompts.__file__)
     assert begun.pop("sha256_of_model_and_data") == fingerprint(folder, file) and SFTConfig(**begun) == config(tmp_path, lr=0.25)
     assert {path.name: path.stat().st_size for path in (tmp_path / "sft").iterdir() if path.name != "config.json"} == {
         "metrics.csv": 0, "traces.jsonl": 0}

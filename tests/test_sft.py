@@ -245,6 +245,23 @@ def test_of_twenty_questions_one_is_held_out_and_of_fewer_perhaps_none(tmp_path)
         assert len(records["agent"]) == len(numbers) - len(want)
 
 
+def test_the_toolactor_does_not_learn_the_answers_of_held_out_questions(tmp_path, capsys):
+    """An exchange that also belongs to another question is learned."""
+    def exchange(person, city):
+        return {**ACTOR, "exchanges": [[{"person": person}, {"birthplace": city}]]}
+    kept, out = f"Who is {KEPT[0]}?", f"Who is {HELD[0]}?"
+    lines = [{"conversations": [{**AGENT, "question": kept}, exchange("Bo", "Velka"), exchange("Al", "Doka")]},
+             {"conversations": [{**AGENT, "question": out}, exchange("Al", "Doka"), exchange("Cy", "Suna")]},
+             exchange("Di", "Tili")]
+    lines += [{**AGENT, "question": f"Who is {number}?"} for number in KEPT[1:]]
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train, valid = sft.read_traces(str(path), sft.split_conversation)
+    assert [record["exchanges"][0][0]["person"] for record in train["actor"]] == ["Bo", "Al", "Di"]
+    assert [record["question"] for record in valid["agent"]] == [out] and "actor" not in valid
+    assert capsys.readouterr().out == f"{path}: no conversations of the roles maker; they are not trained\n"
+
+
 def test_a_question_without_words_is_trained_on(tmp_path):
     """Its text is empty by the rule of exact match, as if there was no question."""
     path = tmp_path / "t.jsonl"

@@ -103,7 +103,7 @@ RULES = [  # what the message must contain, the break
     ("no name", at("name", to=...)), ("no name", at("name", to=None)), ("bad description", at("description", to=["d"])),
     ("unknown part arguments", at("arguments", to={})), ("unknown part", at("a\nb", to={})),
     ("inputSchema beside another name of the same part", at("inputSchema", to=OPEN)), ("type 'web_search'", at("type", to="web_search")),
-    ("not of type object", at("parameters", to={})), ("not of type object", at("parameters", to=[])),
+    ("not of type object", at("parameters", to={"properties": {}})), ("not of type object", at("parameters", to=[])),
     ("not of type object", at("parameters", "type", to="array")), ("not of type object", at("parameters", "type", to=...)),
     (r"parameters: bad schema at properties: \['a'\] is not of type 'object'", at("parameters", "properties", to=["a"])),
     ("parameters: required names no property: nobody", at("parameters", "required", to=["nobody"])),
@@ -143,6 +143,20 @@ def test_a_file_that_breaks_a_rule_is_refused(message, change, tmp_path):
     for schema in SCHEMAS:
         with pytest.raises(InputError, match=message):
             load(None, tmp_path, change(json.dumps(schema)))
+
+
+@pytest.mark.parametrize("tool, message", [
+    ({"name": "a.b"}, "bad tool name; expected 1 to 64 letters, digits, _ or -"), ({"name": "x", "function": {"name": "y"}}, "name beside function and in it"),
+    ({"tools": [{"name": "x"}], "functions": []}, "functions and tools; expected one")])
+def test_a_message_says_what_was_expected(tool, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(tool, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["parameters", "inputSchema", "input_schema"])
+def test_an_empty_schema_has_no_parameters(part, tmp_path):
+    tool, = load({"name": "x", part: {}}, tmp_path)
+    assert tool.parameters == {"type": "object", "properties": {}, "required": []}
 
 
 def test_strict_schemas_that_keep_their_promise_are_accepted(tmp_path):
