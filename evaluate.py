@@ -285,7 +285,7 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
     read = [read_questions(file, config.skip_bad) for file in config.data]
     names = [questions.items[0].set for questions in read]
     if len(set(names)) < len(names):
-        raise InputError("data: two files have the same name; rename one")
+        raise InputError(f"data: two files are named {max(names, key=names.count)}; rename one")
     if config.grounded:
         need_paragraphs(chain(*[questions.items for questions in read]))
     players = Players(config)
@@ -303,11 +303,13 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
         with open(folder / f"{first.set}.jsonl", "w", encoding="utf-8") as file:
             for item, sample, _, trace in players.answer(asked):
                 answer = trace.answer if trace.status == "answered" else ""
-                lines.append({"id": item.id, "sample": sample, "prediction": answer,
+                lines.append({"id": item.id, "question": item.text, "golds": item.golds,
+                              "sample": sample, "prediction": answer,
                               **measure(trace, item.golds, item.rule), "status": trace.status})
                 file.write(json.dumps({**lines[-1], "story": trace.story()}) + "\n")
         row = {"set": first.set, "rule": first.rule, **result_row(lines, config.samples),
                "seconds": time.perf_counter() - start, "bad": len(questions.bad),
+               "skipped": questions.bad,
                "model": config.model or config.out, "temperature": config.temperature,
                "backend": players.answered_by(), "seed": config.seed}
         rows.append(row)

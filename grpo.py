@@ -559,10 +559,12 @@ def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Ques
 
 def train_grpo(config: GRPOConfig) -> None:
     """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
+    # Broken question files are refused before anything is written.
+    chosen = choose_questions(config, None) if config.data else None
     start = stage1_model(config.out, config.sft, config.resume)
     set_up(config, checkpoint=is_checkpoint(config.out))
     world = make_world(world_seed(config.out))
-    plan, held_out = choose_questions(config, world)
+    plan, held_out = chosen or choose_questions(config, world)
     simulator = Simulator(start, config, long_prompts=bool(config.data))
     run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS,
               (start, *question_files(config.data)))

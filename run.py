@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from agents import Trace
 from data import InputError, fingerprint, prompts, read_json
-from data.folders import gets_steps, lock, whole_folder
+from data.folders import UNFINISHED, gets_steps, lock, whole_folder
 from data.options import Config
 from model import Tokenizer, Transformer, save_model
 
@@ -87,7 +87,6 @@ def set_up(config: Config, checkpoint: bool = False) -> None:
 
 # -------------------------------------------------------------------------------------- run folder
 
-
 LOGS = ("metrics.csv", "traces.jsonl")
 
 
@@ -106,7 +105,8 @@ class Run:
         self.save_every = config.save_every
         self.state = {"step": 0, "logs": {}}
         self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
-        self.finished = (folder / "model" / "config.json").exists()
+        trained = (folder / "model" / "config.json").exists()
+        self.finished = trained and not (folder / UNFINISHED).exists()
         options = {**asdict(config), "sha256_of_model_and_data": fingerprint(*sources),
                    "sha256_of_prompts": fingerprint(prompts.__file__)}
         if not (self.checkpoint or self.finished):
@@ -136,8 +136,7 @@ class Run:
         if gets_steps(self.folder, options, self.finished):
             if not self.checkpoint:
                 raise InputError(f"steps: {self.folder} has no checkpoint to continue from")
-            # Without this file the model does not count as finished.
-            (self.folder / "model" / "config.json").unlink(missing_ok=True)
+            (self.folder / UNFINISHED).touch()
             self.finished = False
             self._write_config(options)
         if self.checkpoint and not self.finished:
@@ -198,3 +197,4 @@ class Run:
         """Write the trained model as a Hugging Face folder."""
         with whole_folder(self.folder / "model") as part:
             save_model(model, tokenizer, part)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)

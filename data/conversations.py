@@ -28,6 +28,8 @@ def read_conversations(path: str) -> Iterator[tuple[str, list[dict]]]:
 
 def _conversations(row: object) -> list[dict]:
     """The conversations of a record, of whichever kind it is."""
+    if isinstance(row, str):
+        raise InputError(f"not JSON: {row!r:.60}")
     if isinstance(row, dict):
         if isinstance(row.get("messages"), list):
             return [read_messages(row)]

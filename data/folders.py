@@ -10,6 +10,7 @@ from typing import IO
 
 from data import InputError, fingerprint, read_json
 
+UNFINISHED = "unfinished"  # in the folder of a stage that gets more steps than its model has
 locks: dict[Path, IO] = {}  # the open files; the system frees their locks when the process ends
 
 
@@ -104,6 +105,8 @@ def stage1_model(out: str, source: str, resume: bool) -> Path:
             key = "sft" if copied else "out"
             raise InputError(f"{key}: no trained model in {folder} ({part} is missing); run sft.py "
                              "first")
+    if (folder / UNFINISHED).exists():
+        raise InputError(f"{folder}: gets more steps; finish it with sft.py --resume first")
     if copied:
         lock(Path(out) / "lock")
         with whole_folder(target) as part:

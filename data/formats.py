@@ -132,13 +132,13 @@ def _golds(fields: dict) -> list[str]:
 
 
 def _answers(value: object) -> list[str]:
-    """Return the texts of a text, a whole number, a list of them, or SQuAD's {"text": ...}."""
+    """Return the texts of a text, a number, a list of them, or SQuAD's {"text": ...}."""
     numbers = isinstance(value, str) and NUMBERS_IN_TEXT.fullmatch(value)
     held = json.loads(value) if numbers else _decoded(value)
     held = held.get("text") if isinstance(held, dict) else held
     parts = held if isinstance(held, list) else [held]
     parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    texts = [str(part) if type(part) is int else part for part in parts]
+    texts = [str(part) if type(part) in (int, float) else part for part in parts]
     if not texts or not all(map(_is_text, texts)):
         raise ValueError(f"each answer should be a non-empty string, found {value!r:.40}")
     return list(dict.fromkeys(texts))

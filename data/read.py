@@ -148,7 +148,11 @@ def _read_rows(path: Path) -> list[tuple[str, object]]:
         is_json = text.lstrip().startswith(("[", "{"))
         return json_rows(text) if is_json else _csv_rows(text.lstrip("\r\n"))
     except (ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as UTF-8 JSON, JSONL or CSV ({error})") from None
+        hint = ""
+        if isinstance(error, UnicodeDecodeError):
+            hint = "; save it as UTF-8, and unpack or convert .gz, .xlsx and .parquet first"
+        reason = f"not readable as UTF-8 JSON, JSONL or CSV ({error}){hint}"
+        raise InputError(f"{path}: {reason}") from None
 
 
 def _csv_rows(text: str) -> list[tuple[str, object]]:
@@ -159,4 +163,5 @@ def _csv_rows(text: str) -> list[tuple[str, object]]:
     names = reader.fieldnames or []
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    return [(f"row {i}", row) for i, row in enumerate(reader, 1)]
+    # Excel may leave empty rows at the end.
+    return [(f"line {reader.line_num}", row) for row in reader if any(row.values())]

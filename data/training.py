@@ -136,6 +136,8 @@ def read_traces(path: str, check: Callable[[dict], tuple]) -> tuple[dict, dict]:
                 train[role].append(record)
             elif role in valid:  # the ToolActor must not learn the answers of held-out questions
                 valid[role].append(record)
+    numbers = ", ".join(f"{len(train[role])} of {role}" for role in ROLES)
+    print(f"conversations: {numbers}; {len(valid['agent'])} of agent are held out")
     return train, valid
 
 
@@ -199,8 +201,10 @@ def read_all(files: tuple, skip_bad: bool) -> list[Item]:
     return items
 
 
-def choose_questions(config, world: World) -> tuple[list[list], list]:
-    """The questions of each step of stage 2, and the held-out questions (config: a GRPOConfig)."""
+def choose_questions(config, world: World | None) -> tuple[list[list], list]:
+    """The questions of each step of stage 2, and the held-out questions (config: a GRPOConfig).
+    Question files need no world.
+    """
     rng = random.Random(f"grpo {config.seed}")
     if config.data:
         items = read_all(config.data, config.skip_bad)
@@ -213,6 +217,7 @@ def choose_questions(config, world: World) -> tuple[list[list], list]:
         chosen = choose_held_out(different)
         pool = [item for item in items if normalize(item.text) not in chosen]
         asked = [item for text, item in different.items() if text in chosen][:100]
+        print(f"{len(items)} questions; {len(asked)} are held out, and {len(pool)} are trained on")
         rng.shuffle(pool)
     else:
         questions = make_questions(world)
