@@ -28,9 +28,7 @@ depart from the papers:
 
 Shapes: B traces, T tokens.
 """
-import json
 import random
-import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -45,15 +43,15 @@ from tqdm import tqdm
 
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_used, with_answer
+from data.evidence import Evidence, is_used
 from data.folders import stage1_model
 from data.options import Config, command_line, option
 from data.prompts import LONG
 from data.read import question_files
 from data.results import by_set, counts, means
 from data.score import exact_match, f1, normalize
+from data.support import collect_evidence, supporting
 from data.training import choose_questions, is_checkpoint, world_seed
-from data.words import content, names, tokens
 from data.world import Question, make_world
 from model import Sampler, Transformer, load, pad, token_logprobs
 from run import Run, half_precision, pick_device, run_main, set_up
@@ -119,65 +117,7 @@ class GRPOConfig(Config):
 
 # ------------------------------------------------------------------------------------------ reward
 # R = w_answer · answer + w_consistency · consistency. Consistency is the mean of five parts, which
-# docs/reward.md explains by examples. data/evidence.py compares the texts.
-
-
-def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. Sources are the question and the results of earlier turns."""
-    tools = {tool.name: tool for tool in trace.tools}
-    sources = [set(tokens(trace.question))]
-    evidence: list[Evidence] = []
-    seen: set[str] = set()
-    for number, turn in enumerate(trace.turns):
-        first = len(evidence)
-        for call in turn.calls:
-            e = evidence_of(call, tools.get(call.name), number, trace.question, sources)
-            signature = json.dumps([call.name, call.arguments], sort_keys=True)
-            e.repeated = signature in seen
-            if call.succeeded:  # to try a failed call again is no repetition
-                seen.add(signature)
-            evidence.append(e)
-        sources = sources + [set(e.result_words) for e in evidence[first:]]
-    return evidence
-
-
-def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
-    """The calls that support the answer. A utility computed it, or the result of a lookup holds it,
-    or, in a comparison, at least two of the things compared were looked up."""
-    answer = content(trace.answer)
-    if not normalize(trace.answer) and answer not in names(trace.question):
-        return []  # "the" is no answer; "A" may be a name
-    choice = is_choice(trace)
-    results = computed_by(answer, trace.question, evidence, choice)
-    if results is not None:
-        return results
-    lookups = [e for e in evidence if e.new_words and not e.repeated]
-    if choice:  # its result may only repeat a word of the question
-        lookups = [e for e in evidence if set(e.result_words) - e.argument_words and not e.repeated]
-        return compared(trace, lookups)
-    question = set(content(trace.question))
-    # A long result for the whole question holds many possible answers.
-    whole = 0.8 * len(question)
-    lookups = [e for e in lookups if e.is_short or len(question & e.argument_words) < whole]
-    found = with_answer(trace.answer, lookups)
-    return compared(trace, lookups) if not found and is_difference(answer, lookups) else found
-
-
-def is_choice(trace: Trace) -> bool:
-    """Whether the answer is yes, no, both, neither, or something that the question names."""
-    question = set(tokens(trace.question))
-    answer = set(content(trace.answer))
-    is_part = answer <= question and 2 * len(answer) <= len(question)  # not the whole question
-    return is_part or normalize(trace.answer) in ("yes", "no", "both", "neither")
-
-
-def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups, if they are about two of the things that the question names. For yes or no, one
-    is enough, as in "Is Ada from Rome?"."""
-    entities = {e.entity for e in lookups if all(e.grounded) and e.entity}
-    one = names(trace.question) and not re.search(r"\b(and|or|both|same)\b", trace.question)
-    enough = 1 if one and normalize(trace.answer) in ("yes", "no") else 2
-    return lookups if len(entities) >= enough else []
+# docs/reward.md explains by examples. data/evidence.py and data/support.py compare the texts.
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:

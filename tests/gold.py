@@ -800,7 +800,8 @@ def case_trace(case):
 
 def rate_part(name, trace):
     """One part of the reward of a trace, 0 where it does not apply."""
-    from grpo import PARTS, collect_evidence
+    from data.support import collect_evidence
+    from grpo import PARTS
     return PARTS[name](trace, collect_evidence(trace)) or 0.0
 
 
