@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
-from data import InputError
+from data import InputError, chat
 from data.options import Config, command_line, option
 from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -129,9 +129,9 @@ def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str
     all_arguments, results = zip(*record["exchanges"], strict=True)
     received = []
     for arguments in all_arguments[1:]:
-        call = agents.chat_turn("user", agents.dumps(arguments))
-        received.append(["\n", *call, *agents.GENERATE])
-    generated = [[agents.result_text(result)] for result in results]
+        call = chat.chat_turn("user", chat.dumps(arguments))
+        received.append(["\n", *call, *chat.GENERATE])
+    generated = [[chat.result_text(result)] for result in results]
     prompt = ToolActor.prompt(prompts, Tool(**record["tool"]).definition, all_arguments[0])
     return prompt, list(zip(generated, [*received, []], strict=True))
 
@@ -147,26 +147,26 @@ def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turn
         if "answer" in turn:
             turns.append(([thought, "\n", prompts.answer.format(turn["answer"])], []))
         else:
-            results = [agents.result_text(observation) for observation in turn["observations"]]
-            header = [*agents.GENERATE, prompts.begin]
-            received = ["\n", *agents.results_turn(results), *header]
-            turns.append((agents.assistant_content(thought, turn["calls"]), received))
+            results = [chat.result_text(observation) for observation in turn["observations"]]
+            header = [*chat.GENERATE, prompts.begin]
+            received = ["\n", *chat.results_turn(results), *header]
+            turns.append((chat.assistant_content(thought, turn["calls"]), received))
     return AutoAgent.prompt(prompts, record["question"], list(tools.values())), turns
 
 
 def _chat_conversation(record: dict) -> tuple[list[str], Turns]:
     """split_conversation for OpenAI messages, as Qwen2.5's chat template prints them."""
     generated = []
-    received = [agents.system_turn(record["system"], record["tools"])]  # before each reply
+    received = [chat.system_turn(record["system"], record["tools"])]  # before each reply
     for turn in record["turns"]:
         for message in turn["heard"]:
             if message["role"] == "tool":
-                received[-1] += agents.results_turn(message["results"])
+                received[-1] += chat.results_turn(message["results"])
             else:
-                content = agents.assistant_content(message["content"], message["calls"])
-                received[-1] += agents.chat_turn(message["role"], *content)
-        received[-1] += agents.GENERATE
-        generated.append(agents.assistant_content(turn["content"], turn["calls"]))
+                content = chat.assistant_content(message["content"], message["calls"])
+                received[-1] += chat.chat_turn(message["role"], *content)
+        received[-1] += chat.GENERATE
+        generated.append(chat.assistant_content(turn["content"], turn["calls"]))
         received.append(["\n"])
     return received[0], list(zip(generated, [*received[1:-1], []], strict=True))
 
@@ -177,7 +177,7 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     trace = Trace(record.get("question", ""))
     trace.hear(tokenizer.encode(prompt))
     for generated, received in turns:
-        trace.say(tokenizer.encode([*generated, agents.IM_END]))
+        trace.say(tokenizer.encode([*generated, chat.IM_END]))
         trace.hear(tokenizer.encode(received))
     return trace
 

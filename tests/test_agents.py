@@ -36,7 +36,7 @@ from agents import (
     system_turn,
     uniforms,
 )
-from data import InputError
+from data import InputError, chat
 from data.prompts import SHORT
 from data.schema import check_schema, first_error, object_schema, strict_json
 from data.tokenizer import CHAT_TEMPLATE
@@ -160,19 +160,19 @@ GOLDEN = {
     "two tools": (lambda: system_turn("S", [ZETA, ZETA]),
                   "<|im_start|>system\nS" + HEAD + ZETA_LINE * 2 + TAIL),
     "user turn": (lambda: chat_turn("user", "Hi\nthere"), "<|im_start|>user\nHi\nthere<|im_end|>\n"),
-    "empty turn": (lambda: chat_turn("assistant", *agents.assistant_content("", [])),
+    "empty turn": (lambda: chat_turn("assistant", *chat.assistant_content("", [])),
                    "<|im_start|>assistant\n<|im_end|>\n"),
-    "text alone": (lambda: agents.assistant_content("Hm.", []), "Hm."),
-    "calls alone": (lambda: chat_turn("assistant", *agents.assistant_content("", TWO_CALLS)),
+    "text alone": (lambda: chat.assistant_content("Hm.", []), "Hm."),
+    "calls alone": (lambda: chat_turn("assistant", *chat.assistant_content("", TWO_CALLS)),
                     "<|im_start|>assistant\n" + TWO_CALLS_TEXT + "<|im_end|>\n"),
-    "text and calls": (lambda: chat_turn("assistant", *agents.assistant_content("Hm.", TWO_CALLS)),
+    "text and calls": (lambda: chat_turn("assistant", *chat.assistant_content("Hm.", TWO_CALLS)),
                        "<|im_start|>assistant\nHm.\n" + TWO_CALLS_TEXT + "<|im_end|>\n"),
-    "one result": (lambda: agents.results_turn(["{}"]),
+    "one result": (lambda: chat.results_turn(["{}"]),
                    "<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n"),
-    "a run of results": (lambda: agents.results_turn(["1", "2"]),
+    "a run of results": (lambda: chat.results_turn(["1", "2"]),
                          "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n"
                          "<tool_response>\n2\n</tool_response><|im_end|>\n"),
-    "generation prompt": (lambda: agents.GENERATE, "<|im_start|>assistant\n"),
+    "generation prompt": (lambda: chat.GENERATE, "<|im_start|>assistant\n"),
 }
 
 
@@ -194,7 +194,7 @@ def test_pieces_encode_to_the_ids_of_the_whole_text(name, tokenizer):
 def test_text_cannot_spell_a_control_token(text, tokenizer):
     """Neither in a question, nor in a result, nor in a tool."""
     schema = {"type": "function", "function": {"name": text, "description": text, "parameters": {}}}
-    for pieces in (chat_turn("user", text), agents.results_turn([text])):
+    for pieces in (chat_turn("user", text), chat.results_turn([text])):
         ids = tokenizer.encode(pieces)
         found = [i for i in ids if i in tokenizer.control.values()]
         assert found == [tokenizer.control[START], tokenizer.control[END]]
@@ -246,12 +246,12 @@ def as_pieces(messages, tools):
         if message["role"] == "tool":
             results.append(message["content"])
             if after is None or after["role"] != "tool":
-                pieces += agents.results_turn(results)
+                pieces += chat.results_turn(results)
                 results = []
         elif message is not messages[0] or message["role"] != "system":
             calls = [call.get("function", call) for call in message.get("tool_calls", [])]
-            pieces += chat_turn(message["role"], *agents.assistant_content(message["content"], calls))
-    return pieces + agents.GENERATE
+            pieces += chat_turn(message["role"], *chat.assistant_content(message["content"], calls))
+    return pieces + chat.GENERATE
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -53,7 +53,7 @@ from agents import (
     parse_turn,
     run_calls,
 )
-from data import InputError
+from data import InputError, chat
 from data.read import read_questions
 from data.schema import Rejected
 from grpo import GRPOConfig
@@ -138,7 +138,7 @@ def a_turn(text, tokenizer):
     assert (turn.error is not None) + (turn.answer is not None) + bool(turn.calls) == 1
     run_calls([trace], data.tools.real(world))
     for call in turn.calls:
-        assert call.observation and "<" not in agents.result_text(call.observation)
+        assert call.observation and "<" not in chat.result_text(call.observation)
     trace.turns.append(agents.Turn("", answer="Velka"))
     assert 0 <= grpo.reward(trace, ["Velka"], GRPOConfig())["reward"] <= 1
     json.loads(json.dumps(trace.record(), ensure_ascii=False, allow_nan=False).encode())
@@ -158,7 +158,7 @@ def the_tools(text, tokenizer):
     except Rejected as error:
         return str(error)
     for tool in tools:
-        assert json.loads(tool.definition)["name"] == tool.name and tokenizer.encode(agents.system_turn("S", [tool.schema]))
+        assert json.loads(tool.definition)["name"] == tool.name and tokenizer.encode(chat.system_turn("S", [tool.schema]))
         for arguments in ({}, {"a": 1}, {"a": "x", "person": []}, {"a": 10 ** 400}):
             agents.call_error(agents.Call(tool.name, arguments), {tool.name: tool})
             parse_observation(tool, json.dumps(arguments))

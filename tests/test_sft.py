@@ -21,7 +21,7 @@ import evaluate
 import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
-from data import InputError, fingerprint, training
+from data import InputError, chat, fingerprint, training
 from data.options import option, validate
 from data.prompts import SHORT
 from data.world import (
@@ -772,7 +772,7 @@ def test_all_that_is_taught_fits_the_tokenizer_and_the_loss(tokenizer):
         text = "".join(prompt) + "".join("".join([*generated, END, *received]) for generated, received in turns)
         assert tokenizer.decode(trace.ids) == text and trace.ids[-1] == tokenizer.end and trace.mask[-1] == 1
         assert trace.ids.count(tokenizer.control[START]) == trace.ids.count(tokenizer.end)
-        assert sum(trace.mask) == sum(len(tokenizer.encode([*generated, agents.IM_END])) for generated, _ in turns)
+        assert sum(trace.mask) == sum(len(tokenizer.encode([*generated, chat.IM_END])) for generated, _ in turns)
 
 
 def test_a_model_inside_of_the_run_folder_is_refused(tmp_path, folder):
