@@ -18,7 +18,6 @@ from itertools import chain, compress
 import numpy as np
 
 import data.tools
-from data import printable
 from data.chat import (
     GENERATE,
     chat_turn,
@@ -211,28 +210,6 @@ class Trace:
                 "key": list(self.key), "tools": [tool.schema for tool in self.tools],
                 "ids": self.ids, "mask": self.mask, "advantage": self.advantage,
                 "weight": self.weight, "logprobs": logprobs, "old": old}
-
-    def story(self) -> str:
-        """The trace for people: one line per thought, call, observation and answer."""
-        lines = []
-        for t in self.turns:
-            if t.thought:
-                lines.append(f"  thinks    {t.thought}")
-            for call in t.calls:
-                arguments = ", ".join(f"{k}={v!r}" for k, v in call.arguments.items())
-                lines.append(f"  calls     {call.name}({arguments})")
-            for call in t.calls:
-                if call.observation is not None:
-                    lines.append(f"  observes  {result_text(call.observation)}")
-            if t.answer is not None:
-                lines.append(f"  answers   {t.answer}")
-            if t.error:
-                lines.append(f"  malformed {t.error}")
-            if t.departures and all(call.observation is not None for call in t.calls):
-                lines.append(f"  departs   {', '.join(t.departures)}")
-        if self.status == "truncated":
-            lines.append("  truncated")
-        return "\n".join(printable(line) for line in lines)
 
 
 def uniforms(key: tuple, start: int, n: int) -> np.ndarray:

@@ -45,7 +45,7 @@ from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import Evidence, is_used
 from data.folders import stage1_model
-from data.options import Config, command_line, option
+from data.options import Config, command_line, option, run_main
 from data.prompts import LONG
 from data.read import question_files
 from data.results import by_set, counts, means
@@ -53,9 +53,9 @@ from data.score import exact_match, f1, normalize
 from data.support import collect_evidence, supporting
 from data.training import choose_questions, is_checkpoint, world_seed
 from data.world import Question, make_world
-from model import Sampler, Transformer, load, pad, token_logprobs
-from run import Run, half_precision, pick_device, run_main, set_up
-from sft import make_optimizer, micro_batches, optimizer_step
+from model import Sampler, Transformer, adapted, load, make_optimizer, optimizer_step, pad
+from run import Run, pick_device, set_up, weights_type
+from sft import micro_batches, trace_logprobs
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,9 @@ class GRPOConfig(Config):
     turn_tokens: int = option(112, "new tokens per turn")
     trace_tokens: int = option(896, "tokens per trace, with prompt and observations")
     micro_tokens: int = option(4096, "tokens per micro-batch of the trainer, with padding")
+    lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
+    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
+    sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once")
     eval_every: int = option(4, "steps between two evaluations on held-out questions")
     save_every: int = option(5, "steps between two checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
@@ -343,22 +346,11 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
 # ------------------------------------------------------------------------------------------ update
 
 
-def trace_logprobs(model: Transformer, traces: list[Trace], config: GRPOConfig
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and loss mask of a micro-batch, all (B, T)."""
-    device = str(model.device)
-    ids = pad([trace.ids for trace in traces], device)
-    mask = pad([trace.mask for trace in traces], device, torch.bool)
-    with half_precision(device):
-        logprobs, entropy = token_logprobs(model, ids, mask, config.temperature)
-    return logprobs, entropy, mask
-
-
 @torch.no_grad()
 def store_logprobs(model: Transformer, traces: list[Trace], name: str, config: GRPOConfig) -> None:
     """Set trace.old or trace.reference to the log-probabilities under the model."""
     for part in micro_batches(traces, config.micro_tokens):
-        logprobs, _, _ = trace_logprobs(model, part, config)
+        logprobs, _, _ = trace_logprobs(model, part, config.temperature)
         for trace, row in zip(part, logprobs.tolist(), strict=True):
             setattr(trace, name, row[:len(trace.ids)])
 
@@ -403,7 +395,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
 def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
                  sums: dict[str, float]) -> None:
     """Add the gradient of -J over one micro-batch, and what to log to `sums`."""
-    logprobs, entropy, mask = trace_logprobs(model, part, config)  # (B, T)
+    logprobs, entropy, mask = trace_logprobs(model, part, config.temperature)  # (B, T)
     if config.epochs * config.minibatches == 1:  # before the only step, pi is pi_old
         for trace, row in zip(part, logprobs.tolist(), strict=True):
             trace.old = row[:len(trace.ids)]
@@ -446,7 +438,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     actor = simulator.actor
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
     # With beta1 0.9, old gradients dominate, and the policy overshoots.
-    optimizer = make_optimizer(model, config.lr, weight_decay=0.0, momentum=0.5)
+    optimizer = make_optimizer(model, config.lr, 0.0, momentum=0.5, offload=config.offload)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
@@ -503,13 +495,17 @@ def train_grpo(config: GRPOConfig) -> None:
     set_up(config, checkpoint=is_checkpoint(config.out))
     world = make_world(world_seed(config.out))
     plan, held_out = choose_questions(config, world)
-    simulator = Simulator(start, config, long_prompts=bool(config.data))
+    simulator = Simulator(start, config, bool(config.data), config.sim_rows, weights_type())
     run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS,
               (start, *question_files(config.data)))
     if run.finished:
         return
     simulator.actor.memo.update(run.state.get("memo", []))
-    model, _ = load(start, pick_device())
+    if config.lora:  # one copy of the weights for policy, simulator and reference
+        model = adapted(simulator.model, config.lora, config.seed)
+    else:
+        model, _ = load(start, pick_device(), weights_type())
+    model.save_memory = is_checkpoint(config.out)
     with world.sealed():  # any look-up of a fact raises
         simulator.make_tools([*held_out, *chain(*plan)])
         loop(simulator, model, plan, held_out, run)

@@ -611,6 +611,65 @@ class Sampler:
             self.rows[x].row = x
             self.rows[y].row = y
 
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+class Masters(torch.optim.AdamW):
+    """AdamW over float32 copies (masters) of bfloat16 weights. bfloat16 has 8 significant bits, so
+    most steps of a small learning rate would round to no change.
+
+    place: where masters and moments lie, 12 bytes per weight; "cpu" saves memory of the GPU.
+    """
+
+    def __init__(self, groups: list[dict], place: str | None, **options):
+        self.masters: dict[Tensor, Tensor] = {}  # weight -> master
+        for group in groups:
+            for weight in group["params"]:
+                master = weight.detach().to(place, torch.float32, copy=True)
+                self.masters[weight] = nn.Parameter(master)
+            group["params"] = [self.masters[weight] for weight in group["params"]]
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for weight, master in self.masters.items():
+            # One after the other: AdamW skips all others, because they have no gradient.
+            master.grad = weight.grad.to(master.device, torch.float32)
+            super().step()
+            master.grad = None
+            weight.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.masters:
+            weight.grad = None
+
+
+def make_optimizer(model: Transformer, lr: float, weight_decay: float, momentum: float = 0.9,
+                   offload: bool = False) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only. momentum: its beta1. A model whose trained weights
+    are not float32 gets Masters, with offload in the memory of the CPU.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() == 2], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.dim() != 2], "weight_decay": 0.0}]
+    options = {"lr": lr, "betas": (momentum, 0.95), "fused": True}
+    if all(p.dtype == upcast(p).dtype for p in trained):
+        return torch.optim.AdamW(groups, **options)
+    return Masters(groups, "cpu" if offload else None, **options)
+
+
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float,
+                   clip_norm: float) -> float:
+    """Clip the gradient, step and clear it -> the gradient's norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 
@@ -672,12 +731,20 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
         raise InputError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a folder that transformers loads: weights, config, tokenizer and stop ids."""
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, merge: bool = True) -> None:
+    """Write a folder that transformers loads: weights, config, tokenizer and stop ids. Adapters are
+    merged. merge=False is for a checkpoint: only what is trained, as it is.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an older model
-    weights = {name: w.detach().contiguous().cpu() for name, w in model.named_parameters()}
+    weights = {name: w for name, w in model.named_parameters() if w.requires_grad or merge}
+    if merge:
+        weights = {name: w for name, w in weights.items() if not name.endswith((".A", ".B"))}
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                weights[f"{name}.weight"] = layer.merged()
+    weights = {name: w.detach().contiguous().cpu() for name, w in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pad = min(tokenizer.stop_ids)  # in Qwen2.5 <|endoftext|>
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",

@@ -23,7 +23,7 @@ import sft
 from agents import Trace
 from data import InputError, fingerprint, prompts
 from data.folders import locks
-from data.options import Config
+from data.options import Config, run_main
 from model import load
 from run import Run
 from sft import SFTConfig
@@ -455,7 +455,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_tell_the_way_on(number, begun, hand
     folder, go = begun
     monkeypatch.setattr(sys, "argv", ["sft.py", "--out", "a b"])
     with pytest.raises(SystemExit) as end:
-        run_file.run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
+        run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
     assert end.value.code == 130 and checkpoints(folder) == [3, 4] and capsys.readouterr().err == STOPPED
     assert [row["step"] for row in rows(folder / "metrics.csv")] == list("0123")
     assert go(6, resume=True) == [4, 5]
@@ -464,7 +464,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_tell_the_way_on(number, begun, hand
 def test_sigterm_before_the_first_step_ends_at_once(handlers, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sft.py"])
     with pytest.raises(SystemExit) as end:
-        run_file.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert end.value.code == 130 and capsys.readouterr().err == STOPPED
 
 
@@ -474,7 +474,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_who
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(SystemExit) as end:
-            run_file.run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
+            run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
                 resource.RLIMIT_FSIZE, (2000, old[1])), resume=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -492,7 +492,7 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
     def main():
         raise error
     with pytest.raises(SystemExit) as end:
-        run_file.run_main(main)
+        run_main(main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, --group, " in said
 
@@ -501,7 +501,7 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
 def test_a_terminal_that_cannot_print_a_character_shows_another(encoding, handlers, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", shown)
-    run_file.run_main(lambda: print("Bo\u2192Velka \U0001f600", flush=True))
+    run_main(lambda: print("Bo\u2192Velka \U0001f600", flush=True))
     assert shown.buffer.getvalue() == b"Bo?Velka ?\n"
 
 
@@ -510,7 +510,7 @@ def test_a_bug_keeps_its_traceback(error, handlers):
     def main():
         raise error
     with pytest.raises(type(error)) as raised:
-        run_file.run_main(main)
+        run_main(main)
     assert raised.value is error
 
 
