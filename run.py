@@ -70,7 +70,6 @@ def set_up(config: Config, checkpoint: bool = False) -> None:
 
 # -------------------------------------------------------------------------------------- run folder
 
-
 LOGS = ("metrics.csv", "traces.jsonl")
 
 
@@ -90,8 +89,8 @@ class Run:
         self.state = {"step": 0, "logs": {}}
         self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
         self.finished = (folder / "model" / "config.json").exists()
-        options = {**asdict(config), "sha256_of_model_and_data": fingerprint(*sources),
-                   "sha256_of_prompts": fingerprint(prompts.__file__)}
+        options = asdict(config) | {"sha256_of_model_and_data": fingerprint(*sources),
+                                    "sha256_of_prompts": fingerprint(prompts.__file__)}
         if not (self.checkpoint or self.finished):
             self._begin(options)
         elif config.resume:
@@ -152,7 +151,8 @@ class Run:
         if self.checkpoint:
             # A checkpoint of adapters lacks the weights beside them.
             model.load_state_dict(load_file(self.checkpoint / "model.safetensors"), strict=False)
-            restore_optimizer(model, optimizer, load_file(self.checkpoint / "optimizer.safetensors"))
+            tensors = load_file(self.checkpoint / "optimizer.safetensors")
+            restore_optimizer(model, optimizer, tensors)
         for step in range(self.state["step"], total):
             yield step
             if (step + 1) % self.save_every == 0 or step + 1 == total:

@@ -359,9 +359,10 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
         config = replace(config, steps=config.continued_steps, lr=config.lr / 2)
     if source:  # a broken folder is refused before anything is written
         model, tokenizer = load(source, pick_device(), weights_type())
+    if config.lora and config.model:
+        model = adapted(model, config.lora, config.seed)
+    if config.model:
         model.save_memory = True
-        if config.lora:
-            model = adapted(model, config.lora, config.seed)
     if config.traces:
         records, valid = read_traces(config.traces, split_conversation)
     sources = [path for path in (source, config.traces) if path]

@@ -554,14 +554,26 @@ def test_the_device(available, device, checkpoint, picked, monkeypatch):
         assert run_file.pick_device() == picked
 
 
-@pytest.mark.parametrize("precision, supported, half", [
-    ("auto", True, True), ("auto", False, False), ("float32", True, False), ("bfloat16", False, True)])
-def test_the_precision_of_a_product_on_a_cpu(precision, supported, half, monkeypatch):
+@pytest.mark.parametrize("precision, supported, half, weights", [
+    ("auto", True, True, torch.float32), ("auto", False, False, torch.float32), ("float32", True, False, torch.float32),
+    ("bfloat16", False, False, torch.bfloat16), ("bfloat16", True, False, torch.bfloat16)])
+def test_the_precision_of_weights_and_products_on_a_cpu(precision, supported, half, weights, monkeypatch):
+    """Weights in bfloat16 need no autocast, which would keep copies of them."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     run_file.set_up(Config(precision=precision))
     with run_file.half_precision("cpu"):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if half else torch.float32)
+    assert product.dtype == (torch.bfloat16 if half else torch.float32) and run_file.weights_type() == weights
+
+
+@pytest.mark.parametrize("precision, supported, weights", [
+    ("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("float32", True, torch.float32), ("bfloat16", True, torch.bfloat16)])
+def test_the_type_of_the_weights_on_a_gpu(precision, supported, weights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    run_file.set_up(Config(precision=precision), checkpoint=True)
+    assert run_file.weights_type() == weights and run_file.pick_device() == "cuda"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):
