@@ -18,6 +18,7 @@ from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.folders import lock, trained_by
 from data.options import Config, option
+from data.own import story
 from data.read import Item, question_files, read_questions
 from data.results import majority, maker_shares, result_row
 from data.training import SETTINGS, read_all, read_done, to_records, why_not, world_seed
@@ -25,7 +26,7 @@ from data.world import HELD_OUT, RELATIONS, Question, World, make_questions, mak
 from data.write import write_predictions, write_questions
 from grpo import GRPOConfig, Simulator, measure, score_heldout
 from model import ModelConfig, Transformer, load
-from run import half_supported, pick_device, set_up
+from run import pick_device, set_up, weights_type
 
 # ------------------------------------------------------------------------ the rows of a run's table
 
@@ -171,7 +172,7 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stag
         if stage != "grpo":  # the default
             raise InputError("stage: a checkpoint of --model has no stages")
         set_up(config, checkpoint=True)
-        dtype = weights_type(config)
+        dtype = weights_type()
         folder = Path(config.model)
         most = ModelConfig.read(folder).max_position_embeddings
         limits = LIMITS | {"trace_tokens": min(LIMITS["trace_tokens"], most)}
@@ -187,18 +188,12 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stag
     limits = {name: getattr(config, name) or trained.get(name, LIMITS[name]) for name in LIMITS}
     checkpoint = data.training.is_checkpoint(config.out)
     set_up(config, checkpoint)
-    dtype = weights_type(config) if checkpoint else torch.float32
+    dtype = weights_type() if checkpoint else torch.float32
     long_prompts = long_prompts or bool(trained.get("data"))
     simulator = Simulator(out / "sft" / "model", replace(config, **limits), long_prompts, rows,
                           dtype)
     policy, _ = load(out / stage / "model", pick_device(), dtype)
     return simulator, policy, make_world(world_seed(config.out))
-
-
-def weights_type(config: AgentConfig) -> torch.dtype:
-    """bfloat16 for a checkpoint on a GPU. All other weights are float32."""
-    half = pick_device() == "cuda" and half_supported("cuda") and config.precision != "float32"
-    return torch.bfloat16 if half else torch.float32
 
 
 # -------------------------------------------------------------------------------- question files
@@ -306,7 +301,7 @@ def evaluate_files(config: EvalConfig) -> list[dict]:
                 lines.append({"id": item.id, "question": item.text, "golds": item.golds,
                               "sample": sample, "prediction": answer,
                               **measure(trace, item.golds, item.rule), "status": trace.status})
-                file.write(json.dumps({**lines[-1], "story": trace.story()}) + "\n")
+                file.write(json.dumps({**lines[-1], "story": story(trace)}) + "\n")
         row = {"set": first.set, "rule": first.rule, **result_row(lines, config.samples),
                "seconds": time.perf_counter() - start, "bad": len(questions.bad),
                "skipped": questions.bad,
@@ -350,7 +345,7 @@ def make_traces(config: TracesConfig) -> Counter:
             why[reason] += 1
             records = [] if reason else to_records(trace, box, ToolActor.NO_RESULT)
             line = {"id": item.id, "sample": sample, "why": reason, "conversations": records,
-                    "story": trace.story()}
+                    "story": story(trace)}
             file.write(json.dumps(line) + "\n")
             file.flush()
     return why

@@ -28,9 +28,7 @@ depart from the papers:
 
 Shapes: B traces, T tokens.
 """
-import json
 import random
-import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -45,19 +43,19 @@ from tqdm import tqdm
 
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
-from data.evidence import Evidence, computed_by, evidence_of, is_difference, is_used, with_answer
+from data.evidence import Evidence, is_used
 from data.folders import stage1_model
-from data.options import Config, command_line, option
+from data.options import Config, command_line, option, run_main
 from data.prompts import LONG
 from data.read import question_files
 from data.results import by_set, counts, means
 from data.score import exact_match, f1, normalize
+from data.support import collect_evidence, supporting
 from data.training import choose_questions, is_checkpoint, world_seed
-from data.words import content, names, tokens
 from data.world import Question, make_world
-from model import Sampler, Transformer, load, pad, token_logprobs
-from run import Run, half_precision, pick_device, run_main, set_up
-from sft import make_optimizer, micro_batches, optimizer_step
+from model import Sampler, Transformer, adapted, load, make_optimizer, optimizer_step, pad
+from run import Run, pick_device, set_up, weights_type
+from sft import micro_batches, trace_logprobs
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,9 @@ class GRPOConfig(Config):
     turn_tokens: int = option(112, "new tokens per turn")
     trace_tokens: int = option(896, "tokens per trace, with prompt and observations")
     micro_tokens: int = option(4096, "tokens per micro-batch of the trainer, with padding")
+    lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
+    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
+    sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once")
     eval_every: int = option(4, "steps between two evaluations on held-out questions")
     save_every: int = option(5, "steps between two checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
@@ -119,65 +120,7 @@ class GRPOConfig(Config):
 
 # ------------------------------------------------------------------------------------------ reward
 # R = w_answer · answer + w_consistency · consistency. Consistency is the mean of five parts, which
-# docs/reward.md explains by examples. data/evidence.py compares the texts.
-
-
-def collect_evidence(trace: Trace) -> list[Evidence]:
-    """The evidence of each call. Sources are the question and the results of earlier turns."""
-    tools = {tool.name: tool for tool in trace.tools}
-    sources = [set(tokens(trace.question))]
-    evidence: list[Evidence] = []
-    seen: set[str] = set()
-    for number, turn in enumerate(trace.turns):
-        first = len(evidence)
-        for call in turn.calls:
-            e = evidence_of(call, tools.get(call.name), number, trace.question, sources)
-            signature = json.dumps([call.name, call.arguments], sort_keys=True)
-            e.repeated = signature in seen
-            if call.succeeded:  # to try a failed call again is no repetition
-                seen.add(signature)
-            evidence.append(e)
-        sources = sources + [set(e.result_words) for e in evidence[first:]]
-    return evidence
-
-
-def supporting(trace: Trace, evidence: list[Evidence]) -> list[Evidence]:
-    """The calls that support the answer. A utility computed it, or the result of a lookup holds it,
-    or, in a comparison, at least two of the things compared were looked up."""
-    answer = content(trace.answer)
-    if not normalize(trace.answer) and answer not in names(trace.question):
-        return []  # "the" is no answer; "A" may be a name
-    choice = is_choice(trace)
-    results = computed_by(answer, trace.question, evidence, choice)
-    if results is not None:
-        return results
-    lookups = [e for e in evidence if e.new_words and not e.repeated]
-    if choice:  # its result may only repeat a word of the question
-        lookups = [e for e in evidence if set(e.result_words) - e.argument_words and not e.repeated]
-        return compared(trace, lookups)
-    question = set(content(trace.question))
-    # A long result for the whole question holds many possible answers.
-    whole = 0.8 * len(question)
-    lookups = [e for e in lookups if e.is_short or len(question & e.argument_words) < whole]
-    found = with_answer(trace.answer, lookups)
-    return compared(trace, lookups) if not found and is_difference(answer, lookups) else found
-
-
-def is_choice(trace: Trace) -> bool:
-    """Whether the answer is yes, no, both, neither, or something that the question names."""
-    question = set(tokens(trace.question))
-    answer = set(content(trace.answer))
-    is_part = answer <= question and 2 * len(answer) <= len(question)  # not the whole question
-    return is_part or normalize(trace.answer) in ("yes", "no", "both", "neither")
-
-
-def compared(trace: Trace, lookups: list[Evidence]) -> list[Evidence]:
-    """The lookups, if they are about two of the things that the question names. For yes or no, one
-    is enough, as in "Is Ada from Rome?"."""
-    entities = {e.entity for e in lookups if all(e.grounded) and e.entity}
-    one = names(trace.question) and not re.search(r"\b(and|or|both|same)\b", trace.question)
-    enough = 1 if one and normalize(trace.answer) in ("yes", "no") else 2
-    return lookups if len(entities) >= enough else []
+# docs/reward.md explains by examples. data/evidence.py and data/support.py compare the texts.
 
 
 def reward_grammar(trace: Trace, evidence: list[Evidence]) -> float:
@@ -403,22 +346,11 @@ def measure(trace: Trace, golds: list[str], rule: str = "hotpotqa") -> dict[str,
 # ------------------------------------------------------------------------------------------ update
 
 
-def trace_logprobs(model: Transformer, traces: list[Trace], config: GRPOConfig
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and loss mask of a micro-batch, all (B, T)."""
-    device = str(model.device)
-    ids = pad([trace.ids for trace in traces], device)
-    mask = pad([trace.mask for trace in traces], device, torch.bool)
-    with half_precision(device):
-        logprobs, entropy = token_logprobs(model, ids, mask, config.temperature)
-    return logprobs, entropy, mask
-
-
 @torch.no_grad()
 def store_logprobs(model: Transformer, traces: list[Trace], name: str, config: GRPOConfig) -> None:
     """Set trace.old or trace.reference to the log-probabilities under the model."""
     for part in micro_batches(traces, config.micro_tokens):
-        logprobs, _, _ = trace_logprobs(model, part, config)
+        logprobs, _, _ = trace_logprobs(model, part, config.temperature)
         for trace, row in zip(part, logprobs.tolist(), strict=True):
             setattr(trace, name, row[:len(trace.ids)])
 
@@ -463,7 +395,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
 def add_gradient(model: Transformer, part: list[Trace], config: GRPOConfig,
                  sums: dict[str, float]) -> None:
     """Add the gradient of -J over one micro-batch, and what to log to `sums`."""
-    logprobs, entropy, mask = trace_logprobs(model, part, config)  # (B, T)
+    logprobs, entropy, mask = trace_logprobs(model, part, config.temperature)  # (B, T)
     if config.epochs * config.minibatches == 1:  # before the only step, pi is pi_old
         for trace, row in zip(part, logprobs.tolist(), strict=True):
             trace.old = row[:len(trace.ids)]
@@ -506,7 +438,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     actor = simulator.actor
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
     # With beta1 0.9, old gradients dominate, and the policy overshoots.
-    optimizer = make_optimizer(model, config.lr, weight_decay=0.0, momentum=0.5)
+    optimizer = make_optimizer(model, config.lr, 0.0, momentum=0.5, offload=config.offload)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
@@ -565,13 +497,17 @@ def train_grpo(config: GRPOConfig) -> None:
     set_up(config, checkpoint=is_checkpoint(config.out))
     world = make_world(world_seed(config.out))
     plan, held_out = chosen or choose_questions(config, world)
-    simulator = Simulator(start, config, long_prompts=bool(config.data))
+    simulator = Simulator(start, config, bool(config.data), config.sim_rows, weights_type())
     run = Run(Path(config.out) / "grpo", config, GRPO_COLUMNS,
               (start, *question_files(config.data)))
     if run.finished:
         return
     simulator.actor.memo.update(run.state.get("memo", []))
-    model, _ = load(start, pick_device())
+    if config.lora:  # one copy of the weights for policy, simulator and reference
+        model = adapted(simulator.model, config.lora, config.seed)
+    else:
+        model, _ = load(start, pick_device(), weights_type())
+    model.save_memory = is_checkpoint(config.out)
     with world.sealed():  # any look-up of a fact raises
         simulator.make_tools([*held_out, *chain(*plan)])
         loop(simulator, model, plan, held_out, run)

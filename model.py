@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data import InputError
 from data.checkpoint import read_config, weight_files
@@ -58,10 +59,36 @@ def upcast(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without initialisation: init_weights() or a checkpoint sets the weights."""
+    """nn.Linear without initialisation: init_weights() or a checkpoint sets the weights.
+
+    It may have a low-rank adapter: W + 32/r · B A, with A (r, in) and B (out, r) in float32 (LoRA,
+    Hu et al. 2021). A is random and B is 0, so at first the adapter changes nothing.
+    """
 
     def reset_parameters(self) -> None:
-        pass
+        self.A = None
+        self.B = None
+
+    def adapt(self, rank: int, generator: torch.Generator) -> None:
+        """Add an adapter. Only it is trained afterwards."""
+        # The bounds of nn.Linear: uniform with a standard deviation of 1 / sqrt(3 in).
+        a = torch.randn(rank, self.in_features, generator=generator)
+        a /= math.sqrt(3 * self.in_features)
+        self.A = nn.Parameter(a.to(self.weight.device))
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.A is None:
+            return out
+        low = F.linear(x, self.A.to(x.dtype))  # (..., r)
+        return out + F.linear(low, self.B.to(x.dtype)) * (32 / len(self.A))
+
+    def merged(self) -> Tensor:
+        """The weight with its adapter added, in the type of the weight."""
+        if self.A is None:
+            return self.weight
+        return (self.weight + self.B @ self.A * (32 / len(self.A))).to(self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -181,6 +208,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.known_ids = known_ids or config.vocab_size
+        self.save_memory = False  # whether activations are computed again in the backward pass
         rows = torch.empty(config.vocab_size, config.hidden_size)  # no initialisation, see Linear
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding.from_pretrained(rows, freeze=False),
@@ -217,7 +245,10 @@ class Transformer(nn.Module):
         sin = angles.sin().to(self.dtype)
         x = self.model["embed_tokens"](ids)  # (B, T, D)
         for block in self.model["layers"]:
-            x = block(x, cos, sin, past)
+            if self.save_memory and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, past, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, past)
         return self.model["norm"](x)
 
     def head(self, states: Tensor) -> Tensor:
@@ -250,6 +281,22 @@ class Transformer(nn.Module):
         return self
 
 
+def adapted(base: Transformer, rank: int, seed: int) -> Transformer:
+    """A second model that shares the weights of `base`, with adapters on the matrices of its
+    blocks. Only the adapters are trained, so `base` stays as it is (LoRA, Hu et al. 2021).
+    """
+    with torch.device("meta"):
+        model = Transformer(base.config, base.known_ids)
+    for name, weight in base.requires_grad_(False).named_parameters():
+        module, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(module), parameter, weight)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.model["layers"].modules():
+        if isinstance(layer, Linear):
+            layer.adapt(rank, generator)
+    return model.eval()
+
+
 def pad(rows: list[list], device: str, dtype: torch.dtype | None = None) -> Tensor:
     """Lists -> (B, T), padded on the right with zeros.
 
@@ -269,13 +316,23 @@ def token_logprobs(model: Transformer, ids: Tensor, mask: Tensor, temperature: f
     rows, cols = mask.nonzero(as_tuple=True)  # (N,) scored tokens only
     assert bool((cols > 0).all()), "the first token of a row has no context and can't be scored"
     states = model(ids)[rows, cols - 1]  # (N, D)
-    # Pad N to a multiple of 128: on a CPU, oneDNN compiles a kernel for each new shape.
-    states = F.pad(states, (0, 0, 0, -len(rows) % 128))
-    logits = model.head(states)[:len(rows)] / temperature  # (N, V)
-    logprobs = logits.log_softmax(-1)
-    picked = logprobs.gather(1, ids[rows, cols][:, None])[:, 0]  # (N,)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)  # (N,)
+
+    def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # Pad N to a multiple of 128: on a CPU, oneDNN compiles a kernel for each new shape.
+        padded = F.pad(states, (0, 0, 0, -len(states) % 128))
+        logits = model.head(padded)[:len(states)] / temperature  # (N, V)
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)  # (N,)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy  # (N,)
+
+    targets = ids[rows, cols]
+    if model.save_memory and len(rows):  # in chunks, because V is large
+        chunks = zip(states.split(512), targets.split(512), strict=True)
+        parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+        picked, entropy = map(torch.cat, zip(*parts, strict=True))
+    else:
+        picked, entropy = score(states, targets)
     zeros = torch.zeros(ids.shape, dtype=picked.dtype, device=ids.device)  # (B, T)
     return zeros.index_put((rows, cols), picked), zeros.index_put((rows, cols), entropy)
 
@@ -293,6 +350,9 @@ class KVCache:
 
     def __init__(self, model: Transformer, rows: int, slots: int):
         c = model.config
+        # On a GPU, keys in multiples of 64 keep SDPA from copying the mask in each layer.
+        self.multiple = 64 if model.device.type == "cuda" else 1
+        slots += -slots % self.multiple
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim)
         self.k = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.v = torch.zeros(shape, device=model.device, dtype=model.dtype)
@@ -324,7 +384,7 @@ class CachePass:
         self.positions = cache.length[:B, None] + columns  # (B, T)
         # An upper bound of the new lengths: the longest row may not be the row that grows most.
         cache.longest = min(cache.longest + T, cache.k.shape[3])
-        keys = torch.arange(cache.longest, device=device)
+        keys = torch.arange(cache.longest + -cache.longest % cache.multiple, device=device)
         future = keys > self.positions[:, None, :, None]  # (B, 1, T, S)
         # SDPA would turn a bool mask into a float mask in every layer. The mask is tiled along the
         # queries, because Attention.forward folds H/K query heads into one.
@@ -391,6 +451,8 @@ class Sampler:
         b ends its turn     a   e   c   d | b    B = 4, e and b have swapped
         d ends its turn     a   e   c | d   b    B = 3
     """
+
+    PREFILL = 16_384  # tokens of one prefill pass, with padding
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, slots: int):
         """rows: conversations at once; slots: tokens per conversation."""
@@ -505,12 +567,22 @@ class Sampler:
             ids[c.row, :len(c.pending)] = torch.tensor(c.pending)
             c.filled += len(c.pending)
             c.pending = []
-        new = torch.tensor(lengths, device=device)
-        past = CachePass(self.cache, new, ids.shape[1])
-        states = self.model(ids.to(device), past)  # (B, T, D)
-        past.close()
+        width = max(2, self.PREFILL // B)  # a pass has blocks of columns, to bound its memory
+        ids = F.pad(ids, (0, -ids.shape[1] % width if ids.shape[1] > width else 0)).to(device)
+        last = torch.tensor(lengths, device=device) - 1  # (B,) column of each last id
+        out = torch.zeros(B, self.model.config.hidden_size, dtype=self.model.dtype, device=device)
+        for start in range(0, ids.shape[1], width):
+            part = ids[:, start:start + width]
+            new = (last + 1 - start).clamp(0, part.shape[1])
+            past = CachePass(self.cache, new, part.shape[1])
+            states = self.model(part, past)  # (B, T, D)
+            past.close()
+            column = (last - start).clamp(0, part.shape[1] - 1)
+            here = (last >= start) & (last < start + width)
+            found = states[torch.arange(B, device=device), column]  # (B, D)
+            out = torch.where(here[:, None], found, out)
         self.cache.longest = max(c.filled for c in active)
-        return states[torch.arange(B, device=device), new - 1]
+        return out
 
     def _remove(self, done: list[bool], new: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Swap finished rows behind the active ones -> `new` and `index` of the active rows."""
@@ -538,6 +610,65 @@ class Sampler:
             self.rows[x], self.rows[y] = self.rows[y], self.rows[x]
             self.rows[x].row = x
             self.rows[y].row = y
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+class Masters(torch.optim.AdamW):
+    """AdamW over float32 copies (masters) of bfloat16 weights. bfloat16 has 8 significant bits, so
+    most steps of a small learning rate would round to no change.
+
+    place: where masters and moments lie, 12 bytes per weight; "cpu" saves memory of the GPU.
+    """
+
+    def __init__(self, groups: list[dict], place: str | None, **options):
+        self.masters: dict[Tensor, Tensor] = {}  # weight -> master
+        for group in groups:
+            for weight in group["params"]:
+                master = weight.detach().to(place, torch.float32, copy=True)
+                self.masters[weight] = nn.Parameter(master)
+            group["params"] = [self.masters[weight] for weight in group["params"]]
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for weight, master in self.masters.items():
+            # One after the other: AdamW skips all others, because they have no gradient.
+            master.grad = weight.grad.to(master.device, torch.float32)
+            super().step()
+            master.grad = None
+            weight.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.masters:
+            weight.grad = None
+
+
+def make_optimizer(model: Transformer, lr: float, weight_decay: float, momentum: float = 0.9,
+                   offload: bool = False) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only. momentum: its beta1. A model whose trained weights
+    are not float32 gets Masters, with offload in the memory of the CPU.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() == 2], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.dim() != 2], "weight_decay": 0.0}]
+    options = {"lr": lr, "betas": (momentum, 0.95), "fused": True}
+    if all(p.dtype == upcast(p).dtype for p in trained):
+        return torch.optim.AdamW(groups, **options)
+    return Masters(groups, "cpu" if offload else None, **options)
+
+
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float,
+                   clip_norm: float) -> float:
+    """Clip the gradient, step and clear it -> the gradient's norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
 
 # ------------------------------------------------------------------------------------- checkpoints
 
@@ -600,12 +731,20 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
         raise InputError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a folder that transformers loads: weights, config, tokenizer and stop ids."""
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, merge: bool = True) -> None:
+    """Write a folder that transformers loads: weights, config, tokenizer and stop ids. Adapters are
+    merged. merge=False is for a checkpoint: only what is trained, as it is.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an older model
-    weights = {name: w.detach().contiguous().cpu() for name, w in model.named_parameters()}
+    weights = {name: w for name, w in model.named_parameters() if w.requires_grad or merge}
+    if merge:
+        weights = {name: w for name, w in weights.items() if not name.endswith((".A", ".B"))}
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                weights[f"{name}.weight"] = layer.merged()
+    weights = {name: w.detach().contiguous().cpu() for name, w in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pad = min(tokenizer.stop_ids)  # in Qwen2.5 <|endoftext|>
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",

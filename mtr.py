@@ -23,13 +23,12 @@ from agents import AutoAgent, Trace, run_episodes
 from data import InputError
 from data.compare import CompareConfig, compare
 from data.folders import lock, read_results
-from data.options import Config, Parser, add_options, option
-from data.own import check_question, run_or_miniature, show_answers, show_end, show_tools
+from data.options import Config, Parser, add_options, option, run_main
+from data.own import check_question, run_or_miniature, show_answers, show_end, show_tools, story
 from data.show import ShowConfig
 from evaluate import AgentConfig, EvalConfig, TracesConfig, all_rows, load_tools, open_models
 from grpo import GRPOConfig, train_grpo
 from report import say, show, show_evaluation, show_kept, show_run, write_results
-from run import run_main
 from sft import SFTConfig, train_sft
 
 TOY_OPTIONS = {
@@ -133,7 +132,7 @@ def ask(config: AskConfig) -> None:
 
     def watch() -> None:
         nonlocal shown
-        lines = traces[0].story().splitlines()
+        lines = story(traces[0]).splitlines()
         for line in lines[shown:]:
             print(line, flush=True)
         shown = len(lines)

@@ -11,6 +11,7 @@ import numpy as np
 
 from data import InputError, tables
 from data.folders import read_results
+from data.own import story
 from data.page import page_json
 from data.score import exact_match
 from data.show import ShowConfig, show_traces
@@ -106,8 +107,8 @@ def before_and_after(questions: list[Question], traces: dict, ask: str) -> str:
     after = traces["grpo"]["greedy"]
     for q, old, new in zip(questions, before, after, strict=True):
         if not exact_match(old.answer or "", q.golds) and exact_match(new.answer or "", q.golds):
-            return (f"{q.text}   (right: {q.golds[0]})\nbefore GRPO\n{old.story()}\n"
-                    f"after GRPO\n{new.story()}\nThese commands print the same traces:\n"
+            return (f"{q.text}   (right: {q.golds[0]})\nbefore GRPO\n{story(old)}\n"
+                    f"after GRPO\n{story(new)}\nThese commands print the same traces:\n"
                     f'  {ask} --stage sft "{q.text}"\n  {ask} --stage grpo "{q.text}"')
     return "No held-out question went from wrong to right."
 

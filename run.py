@@ -4,44 +4,20 @@ import json
 import math
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from agents import Trace
 from data import InputError, fingerprint, prompts, read_json
-from data.folders import UNFINISHED, gets_steps, lock, whole_folder
+from data.folders import UNFINISHED, gets_steps, is_finished, lock, whole_folder
 from data.options import Config
 from model import Tokenizer, Transformer, save_model
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a program. A user's mistake prints one line on stderr and exits with code 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it raises KeyboardInterrupt
-    sys.stdout.reconfigure(errors="replace")  # some terminals can't print every character
-    try:
-        return main()
-    except (InputError, OSError, SafetensorError) as error:
-        code, line = 2, str(error)
-    except (RuntimeError, MemoryError) as error:
-        full = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
-                "bad_alloc")  # torch's words for it
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in full):
-            raise
-        code, line = 2, ("out of memory; lower --rows, --group, --trace-tokens, --micro-tokens or "
-                         "--agent-tokens")
-    except KeyboardInterrupt:
-        code, line = 130, "stopped; --resume continues a training run from its last checkpoint"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(code)
-
 
 chosen = {"device": "cpu", "precision": "auto"}  # of this process; set_up sets them
 
@@ -58,13 +34,19 @@ def half_supported(kind: str) -> bool:
     return kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def weights_type() -> torch.dtype:
+    """bfloat16 on a GPU that computes in it and with --precision bfloat16, else float32."""
+    half = chosen["device"] == "cuda" and half_supported("cuda")
+    if chosen["precision"] != "auto":
+        half = chosen["precision"] == "bfloat16"
+    return torch.bfloat16 if half else torch.float32
+
+
 def half_precision(device: str):
-    """bfloat16 autocast, unless --precision forbids it; model.py keeps sums in float32."""
+    """bfloat16 autocast for products with float32 weights, where the device computes in it."""
     kind = torch.device(device).type
-    half = chosen["precision"] == "bfloat16"
-    if chosen["precision"] == "auto":
-        half = half_supported(kind)
-    return torch.autocast(kind, torch.bfloat16) if half else nullcontext()
+    half = chosen["precision"] == "auto" and weights_type() == torch.float32
+    return torch.autocast(kind, torch.bfloat16) if half and half_supported(kind) else nullcontext()
 
 
 def set_up(config: Config, checkpoint: bool = False) -> None:
@@ -79,6 +61,7 @@ def set_up(config: Config, checkpoint: bool = False) -> None:
     chosen["precision"] = config.precision
     if config.threads:
         torch.set_num_threads(config.threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new length
     # MKL sets up a function at its first call. If several threads make that call, results may be
     # off by 1e-4 (pytorch/pytorch#188792). One element is computed by one thread.
     for function in (torch.cos, torch.sin, torch.exp):
@@ -105,10 +88,9 @@ class Run:
         self.save_every = config.save_every
         self.state = {"step": 0, "logs": {}}
         self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
-        trained = (folder / "model" / "config.json").exists()
-        self.finished = trained and not (folder / UNFINISHED).exists()
-        options = {**asdict(config), "sha256_of_model_and_data": fingerprint(*sources),
-                   "sha256_of_prompts": fingerprint(prompts.__file__)}
+        self.finished = is_finished(folder)
+        options = asdict(config) | {"sha256_of_model_and_data": fingerprint(*sources),
+                                    "sha256_of_prompts": fingerprint(prompts.__file__)}
         if not (self.checkpoint or self.finished):
             self._begin(options)
         elif config.resume:
@@ -128,8 +110,7 @@ class Run:
             (self.folder / name).write_bytes(b"")
 
     def _write_config(self, options: dict) -> None:
-        text = json.dumps(options, indent=2) + "\n"
-        (self.folder / "config.json").write_text(text, encoding="utf-8")
+        (self.folder / "config.json").write_text(json.dumps(options, indent=2) + "\n", "utf-8")
 
     def _resume(self, options: dict) -> None:
         """Go back to the last checkpoint. A finished run that gets more steps goes on."""
@@ -167,11 +148,10 @@ class Run:
               optimizer: torch.optim.Optimizer, more: Callable[[], dict] = dict) -> Iterator[int]:
         """Yield the remaining steps and save checkpoints. more(): what to add to state.json."""
         if self.checkpoint:
-            model.load_state_dict(load_file(self.checkpoint / "model.safetensors"))
-            weights = dict(model.named_parameters())
-            for key, tensor in load_file(self.checkpoint / "optimizer.safetensors").items():
-                name, moment = key.rsplit(".", 1)
-                optimizer.state[weights[name]][moment] = tensor.to(weights[name].device)
+            # A checkpoint of adapters lacks the weights beside them.
+            model.load_state_dict(load_file(self.checkpoint / "model.safetensors"), strict=False)
+            tensors = load_file(self.checkpoint / "optimizer.safetensors")
+            restore_optimizer(model, optimizer, tensors)
         for step in range(self.state["step"], total):
             yield step
             if (step + 1) % self.save_every == 0 or step + 1 == total:
@@ -182,13 +162,9 @@ class Run:
                          optimizer: torch.optim.Optimizer) -> None:
         """Write the model, AdamW's moments and state.json; keep this checkpoint and one older."""
         self.state["logs"] = {name: (self.folder / name).stat().st_size for name in LOGS}
-        moments = {}
-        for name, weight in model.named_parameters():
-            for moment, tensor in optimizer.state.get(weight, {}).items():
-                moments[f"{name}.{moment}"] = tensor
         with whole_folder(self.folder / "checkpoints" / f"{self.state['step']:07d}") as part:
-            save_model(model, tokenizer, part)
-            save_file(moments, part / "optimizer.safetensors")
+            save_model(model, tokenizer, part, merge=False)
+            save_file(optimizer_tensors(model, optimizer), part / "optimizer.safetensors")
             (part / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
         for old in sorted((self.folder / "checkpoints").glob("[0-9]*"))[:-2]:
             shutil.rmtree(old)
@@ -198,3 +174,27 @@ class Run:
         with whole_folder(self.folder / "model") as part:
             save_model(model, tokenizer, part)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments, step numbers and masters by the names of the weights, for a checkpoint."""
+    tensors = {}
+    for name, weight in model.named_parameters():
+        stepped = getattr(optimizer, "masters", {}).get(weight, weight)
+        for moment, tensor in optimizer.state.get(stepped, {}).items():
+            tensors[f"{name}.{moment}"] = tensor
+        if stepped is not weight:
+            tensors[f"{name}.master"] = stepped.detach()
+    return tensors
+
+
+def restore_optimizer(model: Transformer, optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of optimizer_tensors."""
+    weights = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        name, moment = key.rsplit(".", 1)
+        stepped = getattr(optimizer, "masters", {}).get(weights[name], weights[name])
+        if moment == "master":
+            stepped.data.copy_(tensor)
+        else:
+            optimizer.state[stepped][moment] = tensor.to(stepped.device)

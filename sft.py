@@ -19,14 +19,23 @@ from tqdm import tqdm
 
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
-from data import InputError
-from data.options import Config, command_line, option
+from data import InputError, chat
+from data.options import Config, command_line, option, run_main
 from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
-from data.training import ROLES, read_traces, texts_of
+from data.training import ROLES, read_traces, spans_of_ones, texts_of
 from data.world import make_world, teach
-from model import ModelConfig, Transformer, load, pad, token_logprobs
-from run import Run, half_precision, pick_device, run_main, set_up
+from model import (
+    ModelConfig,
+    Transformer,
+    adapted,
+    load,
+    make_optimizer,
+    optimizer_step,
+    pad,
+    token_logprobs,
+)
+from run import Run, half_precision, pick_device, set_up, weights_type
 
 # Shapes of a model that starts from random weights.
 MINIATURE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3,
@@ -49,6 +58,9 @@ class SFTConfig(Config):
     agent_tokens: int = option(1600, "AutoAgent's tokens per step, with padding")
     maker_tokens: int = option(900, "ToolMaker's tokens per step, with padding")
     actor_tokens: int = option(900, "ToolActor's tokens per step, with padding")
+    micro_tokens: int = option(4096, "tokens of one pass, with padding; less saves memory")
+    lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
+    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
     piece: int = option(24, "at first, conversations are cut into pieces of this many tokens, "
                         "AutoAgent's into pieces of four times as many", least=2)
     piece_steps: int = option(150, "after each so many steps, pieces get four times as long, until "
@@ -72,27 +84,6 @@ def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model: Transformer, lr: float, weight_decay: float, momentum: float = 0.9
-                   ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only. momentum: its beta1."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.95), fused=True)
-
-
-def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float,
-                   clip_norm: float) -> float:
-    """Clip the gradient, step and clear it -> the gradient's norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
 
 
 def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
@@ -129,9 +120,9 @@ def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str
     all_arguments, results = zip(*record["exchanges"], strict=True)
     received = []
     for arguments in all_arguments[1:]:
-        call = agents.chat_turn("user", agents.dumps(arguments))
-        received.append(["\n", *call, *agents.GENERATE])
-    generated = [[agents.result_text(result)] for result in results]
+        call = chat.chat_turn("user", chat.dumps(arguments))
+        received.append(["\n", *call, *chat.GENERATE])
+    generated = [[chat.result_text(result)] for result in results]
     prompt = ToolActor.prompt(prompts, Tool(**record["tool"]).definition, all_arguments[0])
     return prompt, list(zip(generated, [*received, []], strict=True))
 
@@ -147,26 +138,26 @@ def _agent_conversation(record: dict, prompts: Prompts) -> tuple[list[str], Turn
         if "answer" in turn:
             turns.append(([thought, "\n", prompts.answer.format(turn["answer"])], []))
         else:
-            results = [agents.result_text(observation) for observation in turn["observations"]]
-            header = [*agents.GENERATE, prompts.begin]
-            received = ["\n", *agents.results_turn(results), *header]
-            turns.append((agents.assistant_content(thought, turn["calls"]), received))
+            results = [chat.result_text(observation) for observation in turn["observations"]]
+            header = [*chat.GENERATE, prompts.begin]
+            received = ["\n", *chat.results_turn(results), *header]
+            turns.append((chat.assistant_content(thought, turn["calls"]), received))
     return AutoAgent.prompt(prompts, record["question"], list(tools.values())), turns
 
 
 def _chat_conversation(record: dict) -> tuple[list[str], Turns]:
     """split_conversation for OpenAI messages, as Qwen2.5's chat template prints them."""
     generated = []
-    received = [agents.system_turn(record["system"], record["tools"])]  # before each reply
+    received = [chat.system_turn(record["system"], record["tools"])]  # before each reply
     for turn in record["turns"]:
         for message in turn["heard"]:
             if message["role"] == "tool":
-                received[-1] += agents.results_turn(message["results"])
+                received[-1] += chat.results_turn(message["results"])
             else:
-                content = agents.assistant_content(message["content"], message["calls"])
-                received[-1] += agents.chat_turn(message["role"], *content)
-        received[-1] += agents.GENERATE
-        generated.append(agents.assistant_content(turn["content"], turn["calls"]))
+                content = chat.assistant_content(message["content"], message["calls"])
+                received[-1] += chat.chat_turn(message["role"], *content)
+        received[-1] += chat.GENERATE
+        generated.append(chat.assistant_content(turn["content"], turn["calls"]))
         received.append(["\n"])
     return received[0], list(zip(generated, [*received[1:-1], []], strict=True))
 
@@ -177,7 +168,7 @@ def to_trace(record: dict, tokenizer: Tokenizer) -> Trace:
     trace = Trace(record.get("question", ""))
     trace.hear(tokenizer.encode(prompt))
     for generated, received in turns:
-        trace.say(tokenizer.encode([*generated, agents.IM_END]))
+        trace.say(tokenizer.encode([*generated, chat.IM_END]))
         trace.hear(tokenizer.encode(received))
     return trace
 
@@ -217,17 +208,6 @@ def cut(traces: list[Trace], tokens: int, enough: int) -> list[Trace]:
     return made
 
 
-def spans_of_ones(mask: list[int]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each run of ones."""
-    begin = None
-    for i, value in enumerate([*mask, 0]):
-        if value and begin is None:
-            begin = i
-        elif not value and begin is not None:
-            yield begin, i
-            begin = None
-
-
 def batches(traces: list[Trace], tokens: int, rng: random.Random) -> Iterator[list[Trace]]:
     """Endless batches of at most `tokens` tokens with padding, in shuffled epochs."""
     while True:
@@ -265,35 +245,47 @@ def curriculum(data: dict[str, list[Trace]], config: SFTConfig) -> Iterator[list
 # -------------------------------------------------------------------------------------------- loss
 
 
-def masked_loss(model: Transformer, traces: list[Trace], device: str) -> tuple[Tensor, int]:
-    """Sum of -log p over the tokens with mask 1, and their number."""
-    ids = pad([trace.ids for trace in traces], device)  # (B, T)
-    mask = pad([trace.mask for trace in traces], device, torch.bool)  # (B, T)
+def trace_logprobs(model: Transformer, traces: list[Trace], temperature: float = 1.0
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and loss mask of a micro-batch, all (B, T)."""
+    device = str(model.device)
+    ids = pad([trace.ids for trace in traces], device)
+    mask = pad([trace.mask for trace in traces], device, torch.bool)
     with half_precision(device):
-        logprobs, _ = token_logprobs(model, ids, mask)  # (B, T)
+        logprobs, entropy = token_logprobs(model, ids, mask, temperature)
+    return logprobs, entropy, mask
+
+
+def masked_loss(model: Transformer, traces: list[Trace]) -> tuple[Tensor, int]:
+    """Sum of -log p over the tokens with mask 1, and their number."""
+    logprobs, _, mask = trace_logprobs(model, traces)
     return -logprobs.sum(), int(mask.sum())
 
 
-def train_step(model: Transformer, parts: list[list[Trace]], device: str
-               ) -> tuple[list[float], int]:
+def train_step(model: Transformer, parts: list[list[Trace]], most: int) -> tuple[list[float], int]:
     """Add the gradient of one batch per role -> the loss of each role, the number of loss tokens.
 
-    A role's loss is the mean over its tokens. Each role has the same weight in the step.
+    A role's loss is the mean over its tokens. Each role has the same weight in the step. A pass has
+    at most `most` tokens.
     """
     losses = []
     tokens = 0
     for part in parts:
-        total, number = masked_loss(model, part, device)
-        (total / number / len(parts)).backward()
-        losses.append(float(total.detach()) / number)
+        number = sum(sum(trace.mask) for trace in part)
+        loss = 0.0
+        for micro in micro_batches(part, most):
+            total, _ = masked_loss(model, micro)
+            (total / number / len(parts)).backward()
+            loss += float(total.detach()) / number
+        losses.append(loss)
         tokens += number
     return losses, tokens
 
 
 @torch.no_grad()
-def held_out_loss(model: Transformer, traces: list[Trace], device: str, tokens: int) -> float:
+def held_out_loss(model: Transformer, traces: list[Trace], tokens: int) -> float:
     """Mean -log p per loss token of held-out traces, in passes of at most `tokens` tokens."""
-    sums = [masked_loss(model, part, device) for part in micro_batches(traces, tokens)]
+    sums = [masked_loss(model, part) for part in micro_batches(traces, tokens)]
     return sum(float(total) for total, _ in sums) / sum(number for _, number in sums)
 
 
@@ -306,9 +298,8 @@ SFT_COLUMNS = ["step", "loss_agent", "loss_maker", "loss_actor", "heldout_agent"
 def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
         valid: dict[str, list[Trace]], config: SFTConfig, run: Run) -> None:
     """The loop of stage 1: batch, loss, step, log."""
-    device = str(model.device)
     steps = config.steps
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, offload=config.offload)
     roles = [role for role in ROLES if data[role]]
     first = run.state["step"]  # above 0 if the run is resumed: its batches are skipped below
     bar = tqdm(run.steps(steps, model, tokenizer, optimizer), desc="sft", unit="step",
@@ -316,7 +307,7 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
     for step, parts in zip(bar, islice(curriculum(data, config), first, None), strict=False):
         start = time.perf_counter()
         lr = config.lr * schedule(step, steps, config.warmup)
-        losses, tokens = train_step(model, parts, device)
+        losses, tokens = train_step(model, parts, config.micro_tokens)
         norm = optimizer_step(model, optimizer, lr, config.clip_norm)
 
         row = {"step": step, "lr": lr, "grad_norm": norm, "tokens": tokens,
@@ -327,7 +318,7 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
             for role, traces in valid.items():
                 if traces:
                     # Without a gradient, twice as many tokens fit.
-                    loss = held_out_loss(model, traces, device, 2 * config.agent_tokens)
+                    loss = held_out_loss(model, traces, 2 * config.micro_tokens)
                     row[f"heldout_{role}"] = loss
         run.log(row)
         shown = {role: f"{loss:.3f}" for role, loss in zip(roles, losses, strict=True)}
@@ -349,7 +340,7 @@ def new_miniature(config: SFTConfig, records: dict[str, list[dict]], run: Run
     model = Transformer(ModelConfig(
         tokenizer.size, **shape, max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e6,
         tie_word_embeddings=True)).init_weights(config.seed)
-    return model.to(pick_device()), tokenizer
+    return model.to(pick_device(), weights_type()), tokenizer
 
 
 def train_sft(config: SFTConfig, continued: bool = False) -> None:
@@ -367,7 +358,11 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
         seed += 1000
         config = replace(config, steps=config.continued_steps, lr=config.lr / 2)
     if source:  # a broken folder is refused before anything is written
-        model, tokenizer = load(source, pick_device())
+        model, tokenizer = load(source, pick_device(), weights_type())
+    if config.lora and config.model:
+        model = adapted(model, config.lora, config.seed)
+    if config.model:
+        model.save_memory = True
     if config.traces:
         records, valid = read_traces(config.traces, split_conversation)
     sources = [path for path in (source, config.traces) if path]

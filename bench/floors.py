@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from rollout import SHAPES, make_model
 
 import mtr
-import run as run_file
 import sft
 from agents import AutoAgent, ToolActor, ToolMaker
-from data.options import Config, Parser, add_options
+from data.options import Config, Parser, add_options, run_main
 from data.tokenizer import Tokenizer
 from model import Sampler, Transformer
 from run import pick_device, set_up
@@ -248,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_file.run_main(main)
+    run_main(main)

@@ -34,6 +34,11 @@ def lock(path: Path) -> None:
     locks[path] = file
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a stage has its model and does not get more steps."""
+    return (folder / "model" / "config.json").exists() and not (folder / UNFINISHED).exists()
+
+
 # What --resume may change. Of files the bytes are compared, not the paths.
 FREE = ("out", "resume", "sft", "model", "traces", "data", "save_every", "threads")
 # The contents that a stage depends on, in words.

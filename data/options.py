@@ -1,8 +1,13 @@
-"""The command line of every program, made from a dataclass."""
+"""The command line of every program, made from a dataclass; how a program ends."""
 import argparse
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import get_args
+
+from safetensors import SafetensorError
 
 from data import InputError, printable
 
@@ -35,9 +40,10 @@ class Config:
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     device: str = option("auto", "auto: the CPU for the miniature; for a checkpoint the GPU, if "
                          "there is one", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "precision of training and of a checkpoint's weights on a GPU; "
-                            "auto: bfloat16 where the device computes in it; the miniature samples "
-                            "in float32", choices=("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "auto: where the device computes in bfloat16, a GPU has all "
+                            "weights in it, with float32 copies for the optimizer, and a CPU "
+                            "trains in it; else float32",
+                            choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
         validate(self)
@@ -75,3 +81,24 @@ def command_line(config_class: type, description: str):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, config_class)
     return config_class(**vars(parser.parse_args()))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program. A user's mistake prints one line on stderr and exits with code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it raises KeyboardInterrupt
+    sys.stdout.reconfigure(errors="replace")  # some terminals can't print every character
+    try:
+        return main()
+    except (InputError, OSError, SafetensorError) as error:
+        code, line = 2, str(error)
+    except (RuntimeError, MemoryError) as error:
+        full = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
+                "bad_alloc")  # torch's words for it
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in full):
+            raise
+        code, line = 2, ("out of memory; lower --rows, --group, --trace-tokens, --micro-tokens or "
+                         "--agent-tokens")
+    except KeyboardInterrupt:
+        code, line = 130, "stopped; --resume continues a training run from its last checkpoint"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(code)

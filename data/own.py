@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import InputError, printable, read_json
+from data.chat import result_text
 from data.options import Config
 from data.world import COMPARED, HELD_OUT, INFERENCE, RELATIONS, World, make_questions
 
@@ -83,6 +84,29 @@ def signature(tool) -> str:
     properties = tool.parameters.get("properties", {})
     given = [name if name in required else f"{name}?" for name in properties]
     return f"{tool.name}({', '.join(given)}) -> {', '.join(tool.returns.get('properties', {}))}"
+
+
+def story(trace) -> str:
+    """An agents.Trace for people: one line per thought, call, observation and answer."""
+    lines = []
+    for t in trace.turns:
+        if t.thought:
+            lines.append(f"  thinks    {t.thought}")
+        for call in t.calls:
+            arguments = ", ".join(f"{k}={v!r}" for k, v in call.arguments.items())
+            lines.append(f"  calls     {call.name}({arguments})")
+        for call in t.calls:
+            if call.observation is not None:
+                lines.append(f"  observes  {result_text(call.observation)}")
+        if t.answer is not None:
+            lines.append(f"  answers   {t.answer}")
+        if t.error:
+            lines.append(f"  malformed {t.error}")
+        if t.departures and all(call.observation is not None for call in t.calls):
+            lines.append(f"  departs   {', '.join(t.departures)}")
+    if trace.status == "truncated":
+        lines.append("  truncated")
+    return "\n".join(printable(line) for line in lines)
 
 
 def show_end(trace, decode: Callable[[list[int]], str]) -> None:

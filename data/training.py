@@ -2,7 +2,7 @@
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -152,6 +152,17 @@ def texts_of(records: dict[str, list[dict]], split: Callable[[dict], tuple]) -> 
             for generated, received in turns:
                 texts += ["".join(generated), "".join(received)]
     return texts
+
+
+def spans_of_ones(mask: list[int]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each run of ones."""
+    begin = None
+    for i, value in enumerate([*mask, 0]):
+        if value and begin is None:
+            begin = i
+        elif not value and begin is not None:
+            yield begin, i
+            begin = None
 
 
 def read_done(path: Path, settings: dict) -> dict[tuple[str, int], str]:

@@ -15,11 +15,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import InputError
 from data.folders import whole_folder
+from data.options import run_main
 from data.training import choose_questions, world_seed
 from data.world import make_world
 from grpo import GRPOConfig, Simulator, score_heldout
 from model import load, save_model
-from run import run_main, set_up
+from run import set_up
 
 TARGET = Path(__file__).resolve().parents[1] / "data" / "miniature"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents import UTILITIES, Tool, Trace, parse_turn, run_calls
+from data.own import story
 from data.schema import object_schema
 from data.score import exact_match
 
@@ -800,7 +801,8 @@ def case_trace(case):
 
 def rate_part(name, trace):
     """One part of the reward of a trace, 0 where it does not apply."""
-    from grpo import PARTS, collect_evidence
+    from data.support import collect_evidence
+    from grpo import PARTS
     return PARTS[name](trace, collect_evidence(trace)) or 0.0
 
 
@@ -904,7 +906,7 @@ def print_labelled(verbose):
 def show_failures(failures, most):
     for reason, trace in failures[:most]:
         print(f"    {reason}\n      {trace.question}")
-        print("\n".join(f"    {line[:230]}" for line in trace.story().split("\n") if "Let me see." not in line))
+        print("\n".join(f"    {line[:230]}" for line in story(trace).split("\n") if "Let me see." not in line))
     if len(failures) > most:
         print(f"    ... and {len(failures) - most} more")
 

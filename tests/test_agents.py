@@ -36,7 +36,8 @@ from agents import (
     system_turn,
     uniforms,
 )
-from data import InputError
+from data import InputError, chat
+from data.own import story
 from data.prompts import SHORT
 from data.schema import check_schema, first_error, object_schema, strict_json
 from data.tokenizer import CHAT_TEMPLATE
@@ -160,19 +161,19 @@ GOLDEN = {
     "two tools": (lambda: system_turn("S", [ZETA, ZETA]),
                   "<|im_start|>system\nS" + HEAD + ZETA_LINE * 2 + TAIL),
     "user turn": (lambda: chat_turn("user", "Hi\nthere"), "<|im_start|>user\nHi\nthere<|im_end|>\n"),
-    "empty turn": (lambda: chat_turn("assistant", *agents.assistant_content("", [])),
+    "empty turn": (lambda: chat_turn("assistant", *chat.assistant_content("", [])),
                    "<|im_start|>assistant\n<|im_end|>\n"),
-    "text alone": (lambda: agents.assistant_content("Hm.", []), "Hm."),
-    "calls alone": (lambda: chat_turn("assistant", *agents.assistant_content("", TWO_CALLS)),
+    "text alone": (lambda: chat.assistant_content("Hm.", []), "Hm."),
+    "calls alone": (lambda: chat_turn("assistant", *chat.assistant_content("", TWO_CALLS)),
                     "<|im_start|>assistant\n" + TWO_CALLS_TEXT + "<|im_end|>\n"),
-    "text and calls": (lambda: chat_turn("assistant", *agents.assistant_content("Hm.", TWO_CALLS)),
+    "text and calls": (lambda: chat_turn("assistant", *chat.assistant_content("Hm.", TWO_CALLS)),
                        "<|im_start|>assistant\nHm.\n" + TWO_CALLS_TEXT + "<|im_end|>\n"),
-    "one result": (lambda: agents.results_turn(["{}"]),
+    "one result": (lambda: chat.results_turn(["{}"]),
                    "<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n"),
-    "a run of results": (lambda: agents.results_turn(["1", "2"]),
+    "a run of results": (lambda: chat.results_turn(["1", "2"]),
                          "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n"
                          "<tool_response>\n2\n</tool_response><|im_end|>\n"),
-    "generation prompt": (lambda: agents.GENERATE, "<|im_start|>assistant\n"),
+    "generation prompt": (lambda: chat.GENERATE, "<|im_start|>assistant\n"),
 }
 
 
@@ -194,7 +195,7 @@ def test_pieces_encode_to_the_ids_of_the_whole_text(name, tokenizer):
 def test_text_cannot_spell_a_control_token(text, tokenizer):
     """Neither in a question, nor in a result, nor in a tool."""
     schema = {"type": "function", "function": {"name": text, "description": text, "parameters": {}}}
-    for pieces in (chat_turn("user", text), agents.results_turn([text])):
+    for pieces in (chat_turn("user", text), chat.results_turn([text])):
         ids = tokenizer.encode(pieces)
         found = [i for i in ids if i in tokenizer.control.values()]
         assert found == [tokenizer.control[START], tokenizer.control[END]]
@@ -246,12 +247,12 @@ def as_pieces(messages, tools):
         if message["role"] == "tool":
             results.append(message["content"])
             if after is None or after["role"] != "tool":
-                pieces += agents.results_turn(results)
+                pieces += chat.results_turn(results)
                 results = []
         elif message is not messages[0] or message["role"] != "system":
             calls = [call.get("function", call) for call in message.get("tool_calls", [])]
-            pieces += chat_turn(message["role"], *agents.assistant_content(message["content"], calls))
-    return pieces + agents.GENERATE
+            pieces += chat_turn(message["role"], *chat.assistant_content(message["content"], calls))
+    return pieces + chat.GENERATE
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -381,7 +382,7 @@ def test_a_call_that_is_accepted_can_be_written_encoded_and_scored(value, tokeni
     assert 0 <= reward(trace, ["1"], GRPOConfig())["reward"] <= 1
     line = json.dumps(trace.record(), ensure_ascii=False, allow_nan=False).encode("utf-8")
     assert json.loads(line)["turns"][1]["answer"] == "1"
-    trace.story().encode("utf-8")
+    story(trace).encode("utf-8")
 
 
 # ---------------------------------------------------------------------------------------- validation
@@ -1239,7 +1240,7 @@ def test_record_and_story_hold_everything(tokenizer):
     observations = [call["observation"] for call in record["turns"][0]["calls"]]
     assert observations == [{"birthplace": "Velka"}, {"error": "unknown tool"}]
     assert record["turns"][1]["answer"] == "Velka"
-    assert trace.story().split("\n") == [
+    assert story(trace).split("\n") == [
         "  thinks    I look it up.", "  calls     birthplace(person='Bo')", "  calls     nothing(a=1, b='<')",
         '  observes  {"birthplace": "Velka"}', '  observes  {"error": "unknown tool"}',
         "  thinks    Done.", "  answers   Velka"]
@@ -1248,23 +1249,23 @@ def test_record_and_story_hold_everything(tokenizer):
 def test_a_story_names_what_ended_the_trace(tokenizer):
     """A malformed turn has its own line. A truncated trace ends with "truncated"."""
     oops = play(scripted(tokenizer, in_turn("oops")))
-    assert oops.story() == ("  malformed neither call nor answer\n"
+    assert story(oops) == ("  malformed neither call nor answer\n"
                             "  departs   no thought, text beside the tags, neither call nor answer")
     turns = play(scripted(tokenizer, in_turn(BO)), max_turns=1)
-    assert turns.story().split("\n")[2:] == ['  observes  {"birthplace": "Velka"}', "  truncated"]
+    assert story(turns).split("\n")[2:] == ['  observes  {"birthplace": "Velka"}', "  truncated"]
     cut = play(scripted(tokenizer, in_turn(BO)), turn_tokens=3)
-    assert cut.story() == "  truncated" and cut.turns == [Turn()]
+    assert story(cut) == "  truncated" and cut.turns == [Turn()]
 
 
 def test_a_story_and_a_record_hold_the_departures(tokenizer):
     """The line comes with the observations, so a story only grows while its trace does."""
     stories = []
     loose = act(("birthplace", {"person": "Bo"})).replace("</tool_call>", "") + "<answer>x</answer>"
-    trace = play(scripted(tokenizer, in_turn(loose, BO, "Velka.")), watch=lambda trace: stories.append(trace.story()))
+    trace = play(scripted(tokenizer, in_turn(loose, BO, "Velka.")), watch=lambda trace: stories.append(story(trace)))
     assert trace.record()["turns"][0]["departures"] == trace.turns[0].departures == [
         "<tool_call> not closed", "answer beside the calls"]
     assert all(after.startswith(before) for before, after in zip(stories, stories[1:], strict=False))
-    lines = trace.story().split("\n")
+    lines = story(trace).split("\n")
     assert lines[2:4] == ['  observes  {"birthplace": "Velka"}', "  departs   <tool_call> not closed, answer beside the calls"]
     assert lines[-2:] == ["  answers   Velka.", "  departs   no thought, answer without a tag"]
     assert len([line for line in lines if "departs" in line]) == 2
@@ -1272,15 +1273,15 @@ def test_a_story_and_a_record_hold_the_departures(tokenizer):
 
 def test_a_story_has_no_line_for_an_observation_that_did_not_come_yet():
     trace = called(Call("birthplace", {"person": "Bo"}), Call("nothing"))
-    assert trace.story() == "  calls     birthplace(person='Bo')\n  calls     nothing()"
+    assert story(trace) == "  calls     birthplace(person='Bo')\n  calls     nothing()"
     assert [call["observation"] for call in trace.record()["turns"][0]["calls"]] == [None, None]
     run_calls([trace], blanked)
-    assert trace.story().split("\n")[2:] == ["  observes  {}", '  observes  {"error": "unknown tool"}']
+    assert story(trace).split("\n")[2:] == ["  observes  {}", '  observes  {"error": "unknown tool"}']
 
 
 def test_no_character_of_a_story_moves_the_cursor():
     turn = Turn("a\nb\x1b[2Jé\u2028", [Call("f", {"x\r": 1}, observation={"y": "\u202e"})], error="\tz")
-    assert Trace(turns=[turn]).story() == ("  thinks    a\\nb\\x1b[2Jé\\u2028\n  calls     f(x\\r=1)\n"
+    assert story(Trace(turns=[turn])) == ("  thinks    a\\nb\\x1b[2Jé\\u2028\n  calls     f(x\\r=1)\n"
                                            '  observes  {"y": "\\u202e"}\n  malformed \\tz')
 
 

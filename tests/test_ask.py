@@ -16,7 +16,7 @@ import agents
 import evaluate
 import grpo
 import mtr
-import run as run_file
+from data.options import run_main
 from model import Tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def ask(monkeypatch, capsys, tmp_path):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["mtr.py", "ask", *map(str, words)])
         try:
-            run_file.run_main(mtr.main)
+            run_main(mtr.main)
         except SystemExit as stop:
             return stop.code, *capsys.readouterr()
         return 0, *capsys.readouterr()

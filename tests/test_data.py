@@ -13,7 +13,7 @@ import pytest
 
 import agents
 import sft
-from data import InputError
+from data import InputError, chat
 from data.own import check_question, examples, unknown_words
 from data.schema import first_error
 from data.score import exact_match, f1, normalize
@@ -547,7 +547,7 @@ def test_what_the_actor_is_taught():
         assert result == ({name: world.facts[name, subject]}
                           if (name, subject) in world.facts else unknown(name))
         tool, = agents.check_tools([tool_for(name)])
-        assert agents.parse_observation(tool, agents.result_text(result)) == result
+        assert agents.parse_observation(tool, chat.result_text(result)) == result
         assert first_error(tool.parameters, arguments) is None
     assert 0.11 < 1 - len(known) / len(exchanges) < 0.17
     assert {name for name, _, result in exchanges if "error" in result} == set(RELATIONS)

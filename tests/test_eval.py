@@ -20,11 +20,11 @@ import data as data_package
 import evaluate
 import grpo
 import mtr
-import run as run_file
 import sft
 from agents import Tool, Toolbox, ToolMaker
 from data import InputError, fingerprint
 from data.folders import locks
+from data.options import run_main
 from data.prompts import SHORT
 from data.read import Item, read_questions
 from data.training import read_done, read_traces, to_records, why_not
@@ -837,7 +837,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, culprit, folder, data, mon
     words = [word.format(data=data, folder=folder) for word in words]
     monkeypatch.setattr(sys, "argv", ["mtr.py", *words])
     with pytest.raises(SystemExit) as stop:
-        run_file.run_main(mtr.main)
+        run_main(mtr.main)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and culprit in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

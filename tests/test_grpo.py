@@ -1201,7 +1201,7 @@ def test_the_loop_by_hand(monkeypatch):
 
     monkeypatch.setattr(grpo, "run_episodes", run_episodes)
     monkeypatch.setattr(grpo, "update", update)
-    monkeypatch.setattr(grpo, "make_optimizer", lambda model, lr, weight_decay, momentum: None)
+    monkeypatch.setattr(grpo, "make_optimizer", lambda model, lr, weight_decay, momentum, offload: None)
     monkeypatch.setattr(grpo, "score_heldout", lambda simulator, agent, questions: (
         {"em_greedy": 0.5, "em_sampled": 0.75}, {"sampled": [Trace(q.text, status="truncated") for q in questions]}))
     cfg = config(loss="dr_grpo", steps=4, questions=2, group=2, lr=0.8, eval_every=3)

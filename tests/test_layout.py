@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 360, "grpo.py": 590, "sft.py": 400,
+LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 360, "grpo.py": 540, "sft.py": 400,
          "run.py": 200, "agents.py": 600, "model.py": 760, "data/tools.py": 200,
          "data/utilities.py": 130, "data/guard.py": 60, "data/schema.py": 150,
          "data/user_schema.py": 100, "data/read.py": 170, "data/formats.py": 160,
-         "data/write.py": 50, "data/rows.py": 70, "data/score.py": 80, "data/results.py": 85, "data/words.py": 150,
-         "data/evidence.py": 240, "data/world.py": 465, "data/options.py": 80,
-         "data/checkpoint.py": 85, "data/tokenizer.py": 115, "data/turns.py": 165,
-         "data/prompts.py": 100, "data/training.py": 230, "data/conversations.py": 90,
-         "data/messages.py": 140, "data/own.py": 105, "data/tables.py": 80, "data/page.py": 90,
-         "data/show.py": 140, "data/compare.py": 110, "data/folders.py": 115,
+         "data/write.py": 50, "data/rows.py": 70, "data/score.py": 80, "data/results.py": 85,
+         "data/words.py": 150, "data/evidence.py": 240, "data/support.py": 80,
+         "data/world.py": 465, "data/options.py": 110, "data/checkpoint.py": 85,
+         "data/tokenizer.py": 115, "data/turns.py": 165, "data/chat.py": 75,
+         "data/prompts.py": 100, "data/training.py": 245, "data/conversations.py": 90,
+         "data/messages.py": 140, "data/own.py": 130, "data/tables.py": 80, "data/page.py": 90,
+         "data/show.py": 140, "data/compare.py": 110, "data/folders.py": 125,
          "data/__init__.py": 60}
 GROUPS = {  # files: bytes and lines together
     ("model", "agents", "sft", "grpo", "mtr"): (118_000, 2500),
@@ -134,7 +135,7 @@ def complexity(text):
 
 
 def test_every_source_file_has_a_ceiling():
-    assert sorted(LINES) == SOURCES and len(SOURCES) == 37
+    assert sorted(LINES) == SOURCES and len(SOURCES) == 39
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from agents import Control
 from data import InputError
+from data.chat import Control
 from model import (
     MLP,
     CachePass,

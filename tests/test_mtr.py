@@ -27,6 +27,8 @@ import sft
 from data import InputError, tables
 from data.conversations import write_sample
 from data.folders import locks
+from data.options import run_main
+from data.own import story
 from data.prompts import SHORT
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from data.world import HELD_OUT, make_questions, make_world, tools_for
@@ -143,7 +145,7 @@ def test_ask_prints_the_greedy_traces_of_the_evaluation(two_models, stage, capsy
         capsys.readouterr()
         mtr.ask(mtr.AskConfig(out=str(two_models), stage=stage, question=q.text))
         tools, lines = capsys.readouterr().out.split("\nAutoAgent and ToolActor:\n")
-        want = trace.story().splitlines()
+        want = story(trace).splitlines()
         last = trace.turns[-1]
         if not last.calls and last.answer is None:
             said = trace.ids[len(trace.ids) - trace.mask[::-1].index(0):]
@@ -305,7 +307,7 @@ def command(monkeypatch, capsys, tmp_path):
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *words])
         with pytest.raises(SystemExit) as stop:
-            run_file.run_main(PROGRAMS[name].main)
+            run_main(PROGRAMS[name].main)
         return stop.value.code, *capsys.readouterr()
     return run
 

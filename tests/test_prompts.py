@@ -43,6 +43,7 @@ from agents import (
     parse_turn,
     run_episodes,
 )
+from data import chat
 from data.prompts import CLOSED_BOOK, LONG, SHORT
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from data.world import RELATIONS
@@ -141,7 +142,7 @@ def test_no_tool_has_the_name_of_the_agents_example():
 
 def test_the_long_texts_are_short_enough():
     tokenizer = Tokenizer(Path(QWEN)) if QWEN else pytest.skip("MTR_QWEN is not set")
-    sizes = [len(tokenizer.encode(agents.own_text(text))) for text in (LONG.agent, LONG.maker, LONG.actor)]
+    sizes = [len(tokenizer.encode(chat.own_text(text))) for text in (LONG.agent, LONG.maker, LONG.actor)]
     assert sizes == [235, 397, 113]
 
 
@@ -202,7 +203,7 @@ def test_plain_text_after_the_forced_think_is_an_answer(long):
 def test_the_beginning_counts_in_the_budget(long):
     """A trace is truncated where the observation and the beginning of the next turn leave no token."""
     full = len(play(scripted(long, in_turn(CALL, ANSWER))).ids)
-    last = len(long.encode([ANSWER, agents.IM_END]))
+    last = len(long.encode([ANSWER, chat.IM_END]))
     assert play(scripted(long, in_turn(CALL, ANSWER)), trace_tokens=full - last + 1).mask[-1] == 1
     cut = play(scripted(long, in_turn(CALL, ANSWER)), trace_tokens=full - last)
     assert cut.status == "truncated" and len(cut.turns) == 1 and len(cut.turns[0].calls) == 1

@@ -8,6 +8,7 @@ import gold
 import pytest
 from gold import FORMS, HACKS, LABELLED, agrees
 
+from data.own import story
 from data.read import read_questions
 
 # Cases that the reward gets wrong, by name.
@@ -116,7 +117,7 @@ def test_a_closed_hack_earns_no_more_than_a_guess(name):
     assert tried >= 10
     if beaten:
         parts, trace = beaten[0]
-        pytest.fail(f"{len(beaten)} of {tried}, such as ({parts})\n{trace.question}\n{trace.story()}", pytrace=False)
+        pytest.fail(f"{len(beaten)} of {tried}, such as ({parts})\n{trace.question}\n{story(trace)}", pytrace=False)
 
 
 @pytest.mark.parametrize("name", OPEN_HACKS)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from transformers.cache_utils import DynamicCache  # noqa: E402  (must follow the lines above)
 
 import agents  # noqa: E402  (must follow the lines above)
+from data import chat
 from data.messages import read_messages  # noqa: E402  (must follow the lines above)
 from data.world import RELATIONS, tool_for  # noqa: E402  (must follow the lines above)
 from model import CachePass, KVCache, Sampler, Tokenizer, load, save_model  # noqa: E402  (must follow the lines above)
@@ -189,7 +190,7 @@ def conversation(rng, tools, calls):
             text(): rng.choice([1, None, True, [text()], {"z": 1.5, "a": text()}])}} for _ in range(now)]
         messages.append({"role": "assistant", "content": text(), "tool_calls": [
             call if rng.random() < 0.5 else {"type": "function", "function": call} for call in made]})
-        messages += [{"role": "tool", "content": rng.choice(["", agents.dumps({"value": text()})])} for _ in made]
+        messages += [{"role": "tool", "content": rng.choice(["", chat.dumps({"value": text()})])} for _ in made]
     last = [{"role": "assistant", "content": text()}, {"role": "user", "content": text()}]
     return messages + last[:rng.randrange(3)]
 
@@ -213,7 +214,7 @@ def test_rendering_is_the_chat_templates(folder):
         rendered.append(want)
     everything = "".join(rendered)
     assert len(set(rendered)) == 60 and len(available) >= (30 if REAL else len(RELATIONS))
-    assert all(agents.dumps(schema) in everything for schema in available)
+    assert all(chat.dumps(schema) in everything for schema in available)
     for shown in ("</tool_call>\n<tool_call>", "</tool_response>\n<tool_response>", "<|im_start|>assistant\n<tool_call>",
                   "<tool_response>\n\n</tool_response>", "user\n<|im_end|>", *WORDS[:7]):
         assert shown in everything, shown

@@ -22,8 +22,8 @@ import run as run_file
 import sft
 from agents import Trace
 from data import InputError, fingerprint, prompts
-from data.folders import locks
-from data.options import Config
+from data.folders import locks, stage1_model
+from data.options import Config, run_main
 from model import load
 from run import Run
 from sft import SFTConfig
@@ -271,13 +271,18 @@ def test_a_finished_run_goes_on_if_it_gets_more_steps(begun, tmp_path):
     assert [row["step"] for row in rows(folder / "metrics.csv")] == list("012")
 
 
-def test_a_grown_run_that_was_stopped_is_not_finished(begun, tmp_path):
-    """Its model is that of fewer steps, so no later stage may start from it."""
+def test_a_grown_run_that_was_stopped_is_not_finished(begun, tmp_path, tiny, tokenizer):
+    """Its model is that of fewer steps. It stays and can be asked, but stage 2 does not start from it."""
     folder, _ = begun
     finish(folder)
+    again = config(tmp_path, steps=1301, save_every=1, resume=True)
     for _ in range(2):
-        assert not Run(folder, config(tmp_path, steps=1301, save_every=1, resume=True), ["step"]).finished
-        assert not (folder / "model" / "config.json").exists()
+        run = Run(folder, again, ["step"])
+        assert not run.finished and (folder / "model" / "config.json").exists()
+        with pytest.raises(InputError, match=f"^{folder}: gets more steps; finish it with sft.py --resume first$"):
+            stage1_model(str(tmp_path), "", False)
+    run.save(tiny(tokenizer.size, dtype=torch.float32), tokenizer)
+    assert Run(folder, again, ["step"]).finished and stage1_model(str(tmp_path), "", False)
 
 
 def test_a_run_without_checkpoints_gets_no_more_steps(begun, tmp_path):
@@ -455,7 +460,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_tell_the_way_on(number, begun, hand
     folder, go = begun
     monkeypatch.setattr(sys, "argv", ["sft.py", "--out", "a b"])
     with pytest.raises(SystemExit) as end:
-        run_file.run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
+        run_main(lambda: go(9, before=lambda step: step == 4 and os.kill(os.getpid(), number), resume=True))
     assert end.value.code == 130 and checkpoints(folder) == [3, 4] and capsys.readouterr().err == STOPPED
     assert [row["step"] for row in rows(folder / "metrics.csv")] == list("0123")
     assert go(6, resume=True) == [4, 5]
@@ -464,7 +469,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_tell_the_way_on(number, begun, hand
 def test_sigterm_before_the_first_step_ends_at_once(handlers, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sft.py"])
     with pytest.raises(SystemExit) as end:
-        run_file.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert end.value.code == 130 and capsys.readouterr().err == STOPPED
 
 
@@ -474,7 +479,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint_who
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(SystemExit) as end:
-            run_file.run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
+            run_main(lambda: go(9, before=lambda step: step == 4 and resource.setrlimit(
                 resource.RLIMIT_FSIZE, (2000, old[1])), resume=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -492,7 +497,7 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
     def main():
         raise error
     with pytest.raises(SystemExit) as end:
-        run_file.run_main(main)
+        run_main(main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, --group, " in said
 
@@ -501,7 +506,7 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
 def test_a_terminal_that_cannot_print_a_character_shows_another(encoding, handlers, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", shown)
-    run_file.run_main(lambda: print("Bo\u2192Velka \U0001f600", flush=True))
+    run_main(lambda: print("Bo\u2192Velka \U0001f600", flush=True))
     assert shown.buffer.getvalue() == b"Bo?Velka ?\n"
 
 
@@ -510,7 +515,7 @@ def test_a_bug_keeps_its_traceback(error, handlers):
     def main():
         raise error
     with pytest.raises(type(error)) as raised:
-        run_file.run_main(main)
+        run_main(main)
     assert raised.value is error
 
 
@@ -554,14 +559,26 @@ def test_the_device(available, device, checkpoint, picked, monkeypatch):
         assert run_file.pick_device() == picked
 
 
-@pytest.mark.parametrize("precision, supported, half", [
-    ("auto", True, True), ("auto", False, False), ("float32", True, False), ("bfloat16", False, True)])
-def test_the_precision_of_a_product_on_a_cpu(precision, supported, half, monkeypatch):
+@pytest.mark.parametrize("precision, supported, half, weights", [
+    ("auto", True, True, torch.float32), ("auto", False, False, torch.float32), ("float32", True, False, torch.float32),
+    ("bfloat16", False, False, torch.bfloat16), ("bfloat16", True, False, torch.bfloat16)])
+def test_the_precision_of_weights_and_products_on_a_cpu(precision, supported, half, weights, monkeypatch):
+    """Weights in bfloat16 need no autocast, which would keep copies of them."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     run_file.set_up(Config(precision=precision))
     with run_file.half_precision("cpu"):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if half else torch.float32)
+    assert product.dtype == (torch.bfloat16 if half else torch.float32) and run_file.weights_type() == weights
+
+
+@pytest.mark.parametrize("precision, supported, weights", [
+    ("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("float32", True, torch.float32), ("bfloat16", True, torch.bfloat16)])
+def test_the_type_of_the_weights_on_a_gpu(precision, supported, weights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    run_file.set_up(Config(precision=precision), checkpoint=True)
+    assert run_file.weights_type() == weights and run_file.pick_device() == "cuda"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 import grpo
 from agents import UTILITIES, Trace, check_tools, parse_turn, run_calls
 from data.schema import Rejected
-from grpo import GRPOConfig, collect_evidence, reward
+from data.support import collect_evidence
+from grpo import GRPOConfig, reward
 
 QUESTION = "In which country was Ada Bo born, in 1815?"
 PARTS = ("grammar", "valid", "arguments", "support", "economy")

@@ -41,7 +41,6 @@ import data.tools
 import evaluate
 import grpo
 import mtr
-import run as run_file
 import sft
 from agents import (
     Tool,
@@ -53,7 +52,10 @@ from agents import (
     parse_turn,
     run_calls,
 )
-from data import InputError
+from data import InputError, chat
+from data import options as options_file
+from data.options import run_main
+from data.own import story
 from data.read import read_questions
 from data.schema import Rejected
 from grpo import GRPOConfig
@@ -138,11 +140,11 @@ def a_turn(text, tokenizer):
     assert (turn.error is not None) + (turn.answer is not None) + bool(turn.calls) == 1
     run_calls([trace], data.tools.real(world))
     for call in turn.calls:
-        assert call.observation and "<" not in agents.result_text(call.observation)
+        assert call.observation and "<" not in chat.result_text(call.observation)
     trace.turns.append(agents.Turn("", answer="Velka"))
     assert 0 <= grpo.reward(trace, ["Velka"], GRPOConfig())["reward"] <= 1
     json.loads(json.dumps(trace.record(), ensure_ascii=False, allow_nan=False).encode())
-    assert all(line.isprintable() for line in trace.story().split("\n"))
+    assert all(line.isprintable() for line in story(trace).split("\n"))
     return turn.error or next((call.error for call in turn.calls if call.error), None)
 
 
@@ -158,7 +160,7 @@ def the_tools(text, tokenizer):
     except Rejected as error:
         return str(error)
     for tool in tools:
-        assert json.loads(tool.definition)["name"] == tool.name and tokenizer.encode(agents.system_turn("S", [tool.schema]))
+        assert json.loads(tool.definition)["name"] == tool.name and tokenizer.encode(chat.system_turn("S", [tool.schema]))
         for arguments in ({}, {"a": 1}, {"a": "x", "person": []}, {"a": 10 ** 400}):
             agents.call_error(agents.Call(tool.name, arguments), {tool.name: tool})
             parse_observation(tool, json.dumps(arguments))
@@ -301,7 +303,7 @@ def test_text_from_outside_changes_no_turn_no_control_token_and_no_mask(place, n
     assert trace.turns[0].calls[0].arguments == {"person": "Bo"} and trace.answer == "Velka"
     if place == "observation":
         assert tokenizer.decode(trace.ids).count("</tool_response>") == 1
-    assert all(line.isprintable() for line in trace.story().split("\n"))
+    assert all(line.isprintable() for line in story(trace).split("\n"))
     run = SimpleNamespace(folder=tmp_path)
     Run.save_traces(run, 0, [trace], [["Velka"]], [{}])
     assert json.loads((tmp_path / "traces.jsonl").read_text(encoding="utf-8"))["question"] == trace.question
@@ -323,7 +325,7 @@ def test_what_a_model_writes_is_its_own_turn_and_no_more(where, name, tokenizer)
     assert trace.status in ("answered", "malformed") and len(trace.turns) == 1 + bool(trace.turns[0].calls)
     if where == "argument" and trace.turns[0].calls:
         assert [call.arguments for call in trace.turns[0].calls if not call.error] in ([], [{"person": text}])
-    assert all(line.isprintable() for line in trace.story().split("\n"))
+    assert all(line.isprintable() for line in story(trace).split("\n"))
 
 
 @pytest.mark.parametrize("text", ["<tool_call>", "<think></think>", "<think></think>" + "<tool_call>", "<think></think><kind>",
@@ -400,10 +402,10 @@ def test_a_wrong_use_is_one_line_that_names_it_and_changes_nothing(program, word
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     own = ["--out", str(out)] if "--out" not in words else []
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words, *own])
-    monkeypatch.setattr(run_file.signal, "signal", lambda *_: None)  # pytest's handlers stay
+    monkeypatch.setattr(options_file.signal, "signal", lambda *_: None)  # pytest's handlers stay
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        run_file.run_main({"sft": sft, "grpo": grpo, "mtr": mtr}[program].main)
+        run_main({"sft": sft, "grpo": grpo, "mtr": mtr}[program].main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and said.startswith(f"{program}.py: ") and culprit in said, said
     (out / "lock").unlink(missing_ok=True)
@@ -432,9 +434,9 @@ def pupil(tmp_path, tokenizer, tiny):
         run, model = Run(tmp_path / "sft", config, sft.SFT_COLUMNS), tiny(tokenizer.size, dtype=torch.float32)
         first, real = run.state["step"], sft.train_step
 
-        def step(model, parts, device):
+        def step(model, parts, most):
             history.append([p.clone() for p in model.parameters()])
-            losses, tokens = real(model, parts, device)
+            losses, tokens = real(model, parts, most)
             return spoil(first + len(history) - 1, model, losses), tokens
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sft, "train_step", step)

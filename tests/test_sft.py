@@ -21,7 +21,7 @@ import evaluate
 import run as run_file
 import sft
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace, check_tools, run_episodes
-from data import InputError, fingerprint, training
+from data import InputError, chat, fingerprint, training
 from data.options import option, validate
 from data.prompts import SHORT
 from data.world import (
@@ -410,7 +410,7 @@ def test_fit_goes_from_pieces_to_whole_conversations(monkeypatch, tiny):
     data = {role: [made_up(10 * n, [0] * (10 * n - 6) + ends, 1000 * n) for n in range(2, 10)]
             for role in sft.ROLES}
     batches = []
-    monkeypatch.setattr(sft, "train_step", lambda _, parts, device: batches.append(parts) or ([0.0] * 3, 1))
+    monkeypatch.setattr(sft, "train_step", lambda _, parts, most: batches.append(parts) or ([0.0] * 3, 1))
     monkeypatch.setattr(sft, "optimizer_step", lambda *_: 0.0)
     run = SimpleNamespace(log=lambda row: None, steps=lambda total, *_: range(total), state={"step": 0})
     sft.fit(tiny(), None, data, {}, SFTConfig(piece=8, piece_steps=3, steps=30, agent_tokens=100), run)
@@ -565,7 +565,7 @@ def alone(model, trace):
 
 def test_masked_loss_is_the_sum_over_what_the_role_said(tokenizer, tiny, exact):
     model, traces = tiny(tokenizer.size), spoken(tokenizer)
-    total, number = sft.masked_loss(model, traces, "cpu")
+    total, number = sft.masked_loss(model, traces)
     assert number == sum(len(tokenizer.full.encode(text).ids) for says in (AGENT_SAYS, MAKER_SAYS, ACTOR_SAYS)
                          for text in says)
     assert float(total.detach()) == pytest.approx(float(sum(alone(model, trace)
@@ -576,7 +576,7 @@ def test_held_out_loss_of_a_model_that_knows_nothing(tokenizer, tiny):
     """If all logits are 0, the loss is log V per token, whatever the traces are."""
     model = tiny(tokenizer.size, dtype=torch.float32)
     model.model["embed_tokens"].weight.data.zero_()
-    loss = sft.held_out_loss(model, spoken(tokenizer) * 5, "cpu", 2000)
+    loss = sft.held_out_loss(model, spoken(tokenizer) * 5, 2000)
     assert loss == pytest.approx(math.log(tokenizer.size), rel=1e-6)
 
 
@@ -586,14 +586,14 @@ def test_held_out_loss_is_a_mean_over_tokens_not_over_batches(tokenizer, tiny, e
     short, long = to_trace(ACTOR, tokenizer), to_trace(MAKER, tokenizer)
     want = (13 * alone(model, short) + alone(model, long)) / (13 * sum(short.mask) + sum(long.mask))
     for order in ([short] * 13 + [long], [long] + [short] * 13):
-        assert sft.held_out_loss(model, order, "cpu", 4 * len(long.ids)) == pytest.approx(float(want.detach()), rel=1e-10)
+        assert sft.held_out_loss(model, order, 4 * len(long.ids)) == pytest.approx(float(want.detach()), rel=1e-10)
     assert model.model["norm"].weight.grad is None
 
 
 def test_each_role_counts_the_same(tokenizer, tiny, exact):
     """The gradient is that of the mean of the three roles' means, however many tokens each role has."""
     model, traces = tiny(tokenizer.size), spoken(tokenizer)
-    losses, tokens = sft.train_step(model, [[trace] for trace in traces], "cpu")
+    losses, tokens = sft.train_step(model, [[trace] for trace in traces], 4096)
     got = [p.grad.clone() for p in model.parameters()]
     assert losses == pytest.approx([float(alone(model, t).detach()) / sum(t.mask)
                                     for t in traces]) and tokens == sum(sum(t.mask) for t in traces)
@@ -608,7 +608,7 @@ def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
     model, trace = tiny(tokenizer.size), to_trace(AGENT, tokenizer)
     states = []
     model.head, head = lambda x: states.append(x) or head(x), model.head
-    sft.masked_loss(model, [trace], "cpu")
+    sft.masked_loss(model, [trace])
     (rows,), n = states, sum(trace.mask)
     assert len(rows) == -(-n // 128) * 128 and rows[:n].any(1).all() and not rows[n:].any()
 
@@ -772,7 +772,7 @@ def test_all_that_is_taught_fits_the_tokenizer_and_the_loss(tokenizer):
         text = "".join(prompt) + "".join("".join([*generated, END, *received]) for generated, received in turns)
         assert tokenizer.decode(trace.ids) == text and trace.ids[-1] == tokenizer.end and trace.mask[-1] == 1
         assert trace.ids.count(tokenizer.control[START]) == trace.ids.count(tokenizer.end)
-        assert sum(trace.mask) == sum(len(tokenizer.encode([*generated, agents.IM_END])) for generated, _ in turns)
+        assert sum(trace.mask) == sum(len(tokenizer.encode([*generated, chat.IM_END])) for generated, _ in turns)
 
 
 def test_a_model_inside_of_the_run_folder_is_refused(tmp_path, folder):

@@ -9,7 +9,8 @@ from time import process_time
 
 import pytest
 
-from agents import Call, Tool, Turn, assistant_content, parse_observation, parse_tools, parse_turn
+from agents import Call, Tool, Turn, parse_observation, parse_tools, parse_turn
+from data.chat import assistant_content
 from data.schema import Rejected, object_schema
 from data.turns import find_objects, read_object
 

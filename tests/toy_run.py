@@ -19,6 +19,7 @@ import agents
 import grpo
 import run as run_file
 import sft
+from data.options import run_main
 
 STAGE, OUT = sys.argv[1], Path(sys.argv[2])
 DIE = os.environ.get("DIE", "none 0 0").split()
@@ -90,7 +91,7 @@ def main() -> None:
         watch(grpo, "score_heldout", "evaluation")
         watch(grpo, "update", "update")
     sys.argv = [f"{STAGE}.py", "--out", str(OUT), *sys.argv[3:]]
-    run_file.run_main({"sft": sft, "grpo": grpo}[STAGE].main)
+    run_main({"sft": sft, "grpo": grpo}[STAGE].main)
 
 
 if __name__ == "__main__":
