@@ -163,5 +163,8 @@ def _csv_rows(text: str) -> list[tuple[str, object]]:
     names = reader.fieldnames or []
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    # Excel may leave empty rows at the end.
-    return [(f"line {reader.line_num}", row) for row in reader if any(row.values())]
+    rows = []
+    for row in reader:
+        if any(value and any(value) for value in row.values()):  # Excel may leave empty rows
+            rows.append((f"line {reader.line_num}", row))
+    return rows

@@ -864,7 +864,7 @@ def test_two_files_of_one_name_are_refused(stand_in, folder, data, tmp_path):
     other = tmp_path / "elsewhere" / data.name
     other.parent.mkdir()
     other.write_bytes(data.read_bytes())
-    with pytest.raises(InputError, match="^data: two files have the same name"):
+    with pytest.raises(InputError, match="^data: two files are named few; rename one$"):
         evaluate_files(EvalConfig(out=str(tmp_path), model=str(folder), data=(str(data), str(other))))
     assert not (tmp_path / "eval").exists()
 

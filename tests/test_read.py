@@ -115,7 +115,7 @@ BROKEN = [  # file, what happens to its third record, what the message says
     ("musique.jsonl", lambda r: r | {"answerable": False}, "line 3.*2hop__2_9.*not answerable"),
     ("musique.jsonl", without("paragraphs"), "no paragraphs"),
     ("musique.jsonl", lambda r: r | {"answer_aliases": True}, "answer"),
-    ("musique.jsonl", lambda r: r | {"answer_aliases": [3.5]}, "answer"),
+    ("musique.jsonl", lambda r: r | {"answer_aliases": [True]}, "answer"),
     ("musique.jsonl", lambda r: r | {"paragraphs": [{"title": None, "paragraph_text": "x"}]}, "paragraphs"),
     ("musique.jsonl", lambda r: r | {"question": "\ud800"}, "surrogates"), ("plain.jsonl", without("golden_answers"), "no answer"),
     ("plain.jsonl", lambda r: r | {"golden_answers": []}, "answer"), ("plain.jsonl", lambda r: r | {"golden_answers": ["x", ""]}, "answer"),
@@ -126,7 +126,7 @@ BROKEN = [  # file, what happens to its third record, what the message says
     ("plain.jsonl", lambda r: r | {"paragraphs": ["One."]}, "paragraphs"),
     ("plain.jsonl", lambda r: {"row_idx": 2, "row": r, "truncated_cells": ["question"]}, "viewer of the hub has cut .'question'"),
     ("plain.jsonl", lambda r: "{", "line 3.*not a JSON object"), ("bamboogle.jsonl", lambda r: r | {"Answer": True}, "answer"),
-    ("bamboogle.jsonl", lambda r: r | {"Answer": 0.5}, "answer"), ("bamboogle.jsonl", lambda r: r | {"Answer": "['a', 'b']"}, "not JSON"),
+    ("bamboogle.jsonl", lambda r: r | {"Answer": [[0.5]]}, "answer"), ("bamboogle.jsonl", lambda r: r | {"Answer": "['a', 'b']"}, "not JSON"),
 ]
 
 
@@ -289,6 +289,18 @@ def test_a_pipe_is_read_more_than_once(tmp_path, monkeypatch):
     assert read_questions(tmp_path / "pipe") == first and question_files([tmp_path / "pipe"]) == [tmp_path / "pipe"]
 
 
+def test_a_number_is_its_decimal_text(tmp_path):
+    """As a cell of a CSV would hold it."""
+    (tmp_path / "x.jsonl").write_text('{"question": "How long?", "answer": 3.5}\n{"question": "How many?", "answer": [4, "four"]}\n')
+    assert [item.golds for item in read_questions(tmp_path / "x.jsonl").items] == [["3.5"], ["4", "four"]]
+
+
+def test_a_message_counts_the_header_of_a_csv_and_empty_rows_are_none(tmp_path):
+    (tmp_path / "x.csv").write_text('question;answer\nx;y\n;;\n"a\nb";z\nq;\n;\n')
+    items, bad, _ = read_questions(tmp_path / "x.csv", skip_bad=True)
+    assert [item.text for item in items] == ["x", "a\nb"] and bad == [f"{tmp_path / 'x.csv'}: line 6: no answer"]
+
+
 def test_blank_lines_are_no_records_beside_a_broken_one(tmp_path):
     good = json.dumps({"question": "x", "answer": "y"})
     (tmp_path / "x.jsonl").write_text(f"{good}\n\n  \n{{\n{good}\n")
@@ -296,7 +308,7 @@ def test_blank_lines_are_no_records_beside_a_broken_one(tmp_path):
     assert len(items) == 2 and bad == [f"{tmp_path / 'x.jsonl'}: line 4: not a JSON object"] and ids == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("text, golds", [("[1990, 1991]", ["1990", "1991"]), ("[ 7 ]", ["7"]), ("[1990]s", ["[1990]s"]), ("1,000", ["1,000"])])
+@pytest.mark.parametrize("text, golds", [("[1990, 1991]", ["1990", "1991"]), ("[ 7 ]", ["7"]), ("[1990]s", ["[1990]s"]), ("1,000", ["1,000"]), ("3.5", ["3.5"])])
 def test_a_list_of_whole_numbers_in_a_cell_is_a_list(text, golds, tmp_path):
     with open(tmp_path / "x.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("question", "answer"), ("When?", text)])
