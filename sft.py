@@ -74,6 +74,11 @@ class SFTConfig(Config):
     save_every: int = option(150, "steps between two checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora and not self.model:
+            raise InputError("lora: adapters need a checkpoint, --model FOLDER")
+
 
 # ------------------------------------------------------------------------- shared by both stages
 
@@ -359,7 +364,7 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
         config = replace(config, steps=config.continued_steps, lr=config.lr / 2)
     if source:  # a broken folder is refused before anything is written
         model, tokenizer = load(source, pick_device(), weights_type())
-    if config.lora and config.model:
+    if config.lora:
         model = adapted(model, config.lora, config.seed)
     if config.model:
         model.save_memory = True

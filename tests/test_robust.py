@@ -371,7 +371,7 @@ WRONG_USES = [  # program, arguments, change to the run folder, what the one lin
     ("sft", ["--steps", "many"], nothing, "many"), ("sft", ["--steps", "1.5"], nothing, "1.5"),
     ("sft", ["--steps", "-1"], nothing, "steps"), ("sft", ["--lr", "inf"], nothing, "lr"), ("sft", ["--lr", "nan"], nothing, "lr"),
     ("sft", ["--seed", "1" + "0" * 30], nothing, "seed"), ("sft", ["--shape", "huge"], nothing, "huge"),
-    ("sft", ["--piece", "1"], nothing, "piece"), ("sft", ["--seed", "-1"], nothing, "seed"), ("sft", ["--model", "nowhere"], nothing, "nowhere"),
+    ("sft", ["--piece", "1"], nothing, "piece"), ("sft", ["--seed", "-1"], nothing, "seed"), ("sft", ["--lora", "8"], nothing, "lora: adapters need a checkpoint"), ("sft", ["--model", "nowhere"], nothing, "nowhere"),
     ("sft", ["--traces", "nowhere"], nothing, "nowhere"), ("sft", ["--worlds", "1"], nothing, "holds a run"), ("sft", ["--save-every", "0"], nothing, "save_every"),
     ("sft", ["--worlds", "1", "--out", "/dev/null/x"], nothing, "/dev/null/x"),
     ("grpo", ["--group", "1"], nothing, "group"), ("grpo", ["--loss", "ppo"], nothing, "ppo"),
