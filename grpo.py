@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
-from data import InputError
+from data import InputError, read_json
 from data.evidence import Evidence, is_used
 from data.folders import stage1_model
 from data.options import Config, command_line, option, run_main
@@ -84,12 +84,13 @@ class GRPOConfig(Config):
                          unset="the fictional world's")
     skip_bad: bool = option(False, "skip broken records of these files")
     steps: int = option(56, "steps; each samples a rollout (questions x group traces) and trains "
-                        "on it")
-    questions: int = option(12, "questions per rollout")
+                        "on it", real=200)
+    questions: int = option(12, "questions per rollout", real=16)
     group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "how often each rollout is trained on")
     minibatches: int = option(1, "optimizer steps per epoch")
-    lr: float = option(3e-4, "learning rate, falls linearly to 0; for a real checkpoint use 1e-6")
+    lr: float = option(3e-4, "learning rate, falls linearly to 0; with --lora use ten times as "
+                      "much", real=1e-6)
     clip_norm: float = option(1.0, "maximum norm of the gradient")
     loss: str = option("dr_grpo", "whose loss, see above", choices=tuple(LOSSES))
     beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
@@ -98,15 +99,20 @@ class GRPOConfig(Config):
     partial: float = option(0.0, "credit for token F1 if the answer is not exact", least=0)
     temperature: float = option(1.0, "temperature of sampling and of the trainer's softmax")
     max_turns: int = option(8, "turns per trace")
-    turn_tokens: int = option(112, "new tokens per turn")
-    trace_tokens: int = option(896, "tokens per trace, with prompt and observations")
+    turn_tokens: int = option(112, "new tokens per turn", real=512)
+    trace_tokens: int = option(896, "tokens per trace, with prompt and observations", real=4096)
     micro_tokens: int = option(4096, "tokens per micro-batch of the trainer, with padding")
     lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
     offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
     sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once")
-    eval_every: int = option(4, "steps between two evaluations on held-out questions")
-    save_every: int = option(5, "steps between two checkpoints")
+    eval_every: int = option(4, "steps between two evaluations on held-out questions", real=10)
+    save_every: int = option(5, "steps between two checkpoints", real=1)
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
+
+    def is_real(self) -> bool:
+        """Whether stage 1 started from a checkpoint."""
+        path = Path(self.sft or Path(self.out) / "sft") / "config.json"
+        return path.exists() and bool(read_json(path).get("model"))
 
     def __post_init__(self):
         super().__post_init__()

@@ -152,7 +152,7 @@ def eval_command(config: EvalConfig) -> None:
 def traces_command(config: TracesConfig) -> None:
     """Stage 0: write a teacher's traces over question files, and report how many were kept."""
     show_kept(evaluate.make_traces(config))
-    print(f"next: python sft.py --model STUDENT --traces {config.out} --lr 1e-5 --out RUN")
+    print(f"next: python sft.py --model STUDENT --traces {config.out} --out RUN")
 
 
 COMMANDS = {"ask": (AskConfig, ask), "eval": (EvalConfig, eval_command),

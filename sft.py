@@ -54,10 +54,10 @@ class SFTConfig(Config):
     traces: str = option("", "file of traces or OpenAI messages", unset="the scripted teacher's")
     worlds: int = option(20, "worlds with the same names but other facts, so that no agent learns "
                          "facts by heart; each gives AutoAgent and ToolMaker 300 conversations")
-    steps: int = option(1300, "optimizer steps")
-    agent_tokens: int = option(1600, "AutoAgent's tokens per step, with padding")
-    maker_tokens: int = option(900, "ToolMaker's tokens per step, with padding")
-    actor_tokens: int = option(900, "ToolActor's tokens per step, with padding")
+    steps: int = option(1300, "optimizer steps", real=300)
+    agent_tokens: int = option(1600, "AutoAgent's tokens per step, with padding", real=16384)
+    maker_tokens: int = option(900, "ToolMaker's tokens per step, with padding", real=8192)
+    actor_tokens: int = option(900, "ToolActor's tokens per step, with padding", real=8192)
     micro_tokens: int = option(4096, "tokens of one pass, with padding; less saves memory")
     lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
     offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
@@ -65,13 +65,13 @@ class SFTConfig(Config):
                         "AutoAgent's into pieces of four times as many", least=2)
     piece_steps: int = option(150, "after each so many steps, pieces get four times as long, until "
                               "they are whole conversations")
-    lr: float = option(1.5e-3, "peak learning rate; with --model use about 1e-5")
-    warmup: int = option(100, "steps of linear warm-up; then a cosine falls to 5 %", least=0)
+    lr: float = option(1.5e-3, "peak learning rate; with --lora use ten times as much", real=1e-5)
+    warmup: int = option(100, "steps of warm-up; then a cosine falls to 5 %", least=0, real=20)
     weight_decay: float = option(0.01, "AdamW's weight decay, for matrices only", least=0)
     clip_norm: float = option(1.0, "maximum norm of the gradient")
     continued_steps: int = option(560, "steps of mtr.py's control: more SFT in place of GRPO")
-    eval_every: int = option(300, "steps between two evaluations of the held-out loss")
-    save_every: int = option(150, "steps between two checkpoints")
+    eval_every: int = option(300, "steps between two evaluations of the held-out loss", real=50)
+    save_every: int = option(150, "steps between two checkpoints", real=50)
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
     def __post_init__(self):
@@ -392,7 +392,7 @@ def main() -> None:
     """python sft.py"""
     config = command_line(SFTConfig, __doc__)
     train_sft(config)
-    more = " --data FILE --lr 1e-6" if config.model else ""
+    more = " --data FILE" if config.model else ""
     print(f"stage 1 is done; next: python grpo.py --out {config.out}{more}")
 
 

@@ -13,7 +13,9 @@ from data import InputError, printable
 
 
 def option(default, meaning: str, **more):
-    """A config field. `meaning` is its --help text, `least` the lowest value of a number."""
+    """A config field. `meaning` is its --help text. more: `least`, the lowest value of a number,
+    `choices`, `real`, its default for a real checkpoint, and `unset`, what no value means.
+    """
     return field(default=default, metadata={"help": meaning, **more})
 
 
@@ -46,7 +48,14 @@ class Config:
                             choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
+        for f in fields(self):
+            if getattr(self, f.name) is None and "real" in f.metadata:  # not on the command line
+                setattr(self, f.name, f.metadata["real"] if self.is_real() else f.default)
         validate(self)
+
+    def is_real(self) -> bool:
+        """Whether a real checkpoint is trained, which has other defaults than the miniature."""
+        return bool(getattr(self, "model", ""))
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,12 +76,15 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
         elif kind is tuple:
             how = {"nargs": "+", "metavar": "FILE"}
         default = f.metadata.get("unset", "none") if f.default in (None, "", ()) else f.default
+        if "real" in f.metadata:
+            default = f"{default}; of a checkpoint {f.metadata['real']}"
         text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
         if f.metadata.get("positional"):
             parser.add_argument(f.name, help=f.metadata["help"])
         else:
             name = "--" + f.name.replace("_", "-")
-            parser.add_argument(name, default=f.default, help=text, **how)
+            given = None if "real" in f.metadata else f.default
+            parser.add_argument(name, default=given, help=text, **how)
 
 
 def command_line(config_class: type, description: str):

@@ -851,7 +851,7 @@ def test_the_table_and_the_report_are_printed(stand_in, folder, data, out, monke
              ["musique", f"agent: {folder}; calls answered by: simulated\n1 traces per question"]),
             (["traces", "--out", traces, "--samples", "1"],
              ["kept 1 of 6 traces\n       1  wrong answer\n",
-              f"next: python sft.py --model STUDENT --traces {traces} --lr 1e-5 --out RUN"])):
+              f"next: python sft.py --model STUDENT --traces {traces} --out RUN"])):
         monkeypatch.setattr(sys, "argv", ["mtr.py", words[0], *shared, *words[1:]])
         mtr.main()
         printed = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What saves memory changes no result: recomputed activations, scores in chunks, prefill in blocks, adapters, masters.
 
 Each part is compared with the plain way, in float64 or bit for bit."""
+import json
 import random
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import model as model_file
+from data.options import command_line
+from grpo import GRPOConfig
 from model import (
     Linear,
     Masters,
@@ -223,3 +226,33 @@ def test_a_resumed_run_ends_with_the_same_weights(kind, tiny, tokenizer, tmp_pat
         return model
     whole, resumed = run(tmp_path / "a", [4]), run(tmp_path / "b", [1, 2, 4])
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+# -------------------------------------------------------------------------- defaults of a checkpoint
+
+
+def from_words(config_class, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["x.py", *map(str, words)])
+    return command_line(config_class, "")
+
+
+def test_a_checkpoint_has_other_defaults_than_the_miniature(tmp_path, monkeypatch):
+    """What is given on the command line counts in both cases. In stage 2, stage 1's config.json decides."""
+    plain, real = from_words(SFTConfig, monkeypatch), from_words(SFTConfig, monkeypatch, "--model", "x")
+    assert plain == SFTConfig() and (plain.lr, plain.steps, plain.agent_tokens) == (1.5e-3, 1300, 1600)
+    assert (real.lr, real.steps, real.agent_tokens) == (1e-5, 300, 16384)
+    assert from_words(SFTConfig, monkeypatch, "--model", "x", "--lr", "0.5", "--steps", 1300).steps == 1300
+    (tmp_path / "sft").mkdir()
+    for model, lr, tokens, every in (("", 3e-4, 896, 5), ("qwen", 1e-6, 4096, 1)):
+        (tmp_path / "sft" / "config.json").write_text(json.dumps({"model": model}))
+        for words in (["--out", tmp_path], ["--sft", tmp_path / "sft", "--out", "elsewhere"]):
+            config = from_words(GRPOConfig, monkeypatch, *words)
+            assert (config.lr, config.trace_tokens, config.save_every) == (lr, tokens, every)
+    assert from_words(GRPOConfig, monkeypatch, "--out", tmp_path, "--trace-tokens", 896).trace_tokens == 896
+
+
+def test_the_help_prints_both_defaults(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        from_words(SFTConfig, monkeypatch, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate; with --lora use ten times as much (default: 0.0015; of a checkpoint 1e-05)" in text
