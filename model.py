@@ -578,9 +578,9 @@ class Sampler:
             states = self.model(part, past)  # (B, T, D)
             past.close()
             column = (last - start).clamp(0, part.shape[1] - 1)
-            here = (last >= start) & (last < start + width)
             found = states[torch.arange(B, device=device), column]  # (B, D)
-            out = torch.where(here[:, None], found, out)
+            # The block of a row's last id is the last one that counts.
+            out = torch.where((last >= start)[:, None], found, out)
         self.cache.longest = max(c.filled for c in active)
         return out
 

@@ -115,6 +115,20 @@ def test_prefill_in_blocks_and_longer_keys_change_nothing(tiny, prefill, multipl
             assert a == pytest.approx(b, abs=1e-10)
 
 
+def test_a_full_row_beside_a_block_of_one_column(tiny, monkeypatch):
+    """Three pending ids in blocks of two columns. The other row has filled all of its 16 slots in the first block, so there
+    is no place for padding."""
+    found = []
+    for prefill in (16_384, 1):
+        monkeypatch.setattr(Sampler, "PREFILL", prefill)
+        sampler = Sampler(tiny(), Tokens, 2, 16)
+        full, short = sampler.open([list(range(3, 19)), [5, 6]])
+        sampler.append(short, [7, 8])
+        found.append(sampler.sample([full, short], [1, 1], np.full((2, 1), 0.5, np.float32)))
+    assert [ids for ids, _ in found[0]] == [ids for ids, _ in found[1]]
+    assert found[0][1][1] == pytest.approx(found[1][1][1])
+
+
 # ------------------------------------------------------------------------------------------- adapters
 
 
