@@ -18,14 +18,7 @@ from itertools import chain, compress
 import numpy as np
 
 import data.tools
-from data.chat import (
-    GENERATE,
-    chat_turn,
-    dumps,
-    result_text,
-    results_turn,
-    system_turn,
-)
+from data.chat import GENERATE, chat_turn, dumps, result_text, results_turn, system_turn
 from data.prompts import CLOSED_BOOK, Prompts
 from data.schema import Rejected, check_function, check_schema, first_error, object_schema
 from data.turns import find_objects, read_object, read_turn, unwrap

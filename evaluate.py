@@ -186,7 +186,7 @@ def open_models(config: AgentConfig, rows: int, long_prompts: bool = False, stag
                              "python mtr.py makes one")
     trained = read_json(out / "grpo" / "config.json")
     limits = {name: getattr(config, name) or trained.get(name, LIMITS[name]) for name in LIMITS}
-    checkpoint = data.training.is_checkpoint(config.out)
+    checkpoint = data.training.is_checkpoint(out / "sft")
     set_up(config, checkpoint)
     dtype = weights_type() if checkpoint else torch.float32
     long_prompts = long_prompts or bool(trained.get("data"))

@@ -42,9 +42,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
-from data import InputError, read_json
+from data import InputError
 from data.evidence import Evidence, is_used
-from data.folders import stage1_model
+from data.folders import stage1_folder, stage1_model
 from data.options import Config, command_line, option, run_main
 from data.prompts import LONG
 from data.read import question_files
@@ -111,8 +111,8 @@ class GRPOConfig(Config):
 
     def is_real(self) -> bool:
         """Whether stage 1 started from a checkpoint."""
-        path = Path(self.sft or Path(self.out) / "sft") / "config.json"
-        return path.exists() and bool(read_json(path).get("model"))
+        folder = stage1_folder(self.out, self.sft)
+        return (folder / "config.json").exists() and is_checkpoint(folder)
 
     def __post_init__(self):
         super().__post_init__()
@@ -500,7 +500,7 @@ def train_grpo(config: GRPOConfig) -> None:
     # Broken question files are refused before anything is written.
     chosen = choose_questions(config, None) if config.data else None
     start = stage1_model(config.out, config.sft, config.resume)
-    set_up(config, checkpoint=is_checkpoint(config.out))
+    set_up(config, checkpoint=config.is_real())
     world = make_world(world_seed(config.out))
     plan, held_out = chosen or choose_questions(config, world)
     simulator = Simulator(start, config, bool(config.data), config.sim_rows, weights_type())
@@ -513,7 +513,7 @@ def train_grpo(config: GRPOConfig) -> None:
         model = adapted(simulator.model, config.lora, config.seed)
     else:
         model, _ = load(start, pick_device(), weights_type())
-    model.save_memory = is_checkpoint(config.out)
+    model.save_memory = config.is_real()
     with world.sealed():  # any look-up of a fact raises
         simulator.make_tools([*held_out, *chain(*plan)])
         loop(simulator, model, plan, held_out, run)

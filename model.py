@@ -70,8 +70,9 @@ class Linear(nn.Linear):
         self.B = None
 
     def adapt(self, rank: int, generator: torch.Generator) -> None:
-        """Add an adapter. Only it is trained afterwards."""
-        # The bounds of nn.Linear: uniform with a standard deviation of 1 / sqrt(3 in).
+        """Add an adapter."""
+        self.scale = 32 / rank
+        # nn.Linear's own initialisation has the standard deviation 1 / sqrt(3 in).
         a = torch.randn(rank, self.in_features, generator=generator)
         a /= math.sqrt(3 * self.in_features)
         self.A = nn.Parameter(a.to(self.weight.device))
@@ -82,13 +83,13 @@ class Linear(nn.Linear):
         if self.A is None:
             return out
         low = F.linear(x, self.A.to(x.dtype))  # (..., r)
-        return out + F.linear(low, self.B.to(x.dtype)) * (32 / len(self.A))
+        return out + F.linear(low, self.B.to(x.dtype)) * self.scale
 
     def merged(self) -> Tensor:
         """The weight with its adapter added, in the type of the weight."""
         if self.A is None:
             return self.weight
-        return (self.weight + self.B @ self.A * (32 / len(self.A))).to(self.weight.dtype)
+        return (self.weight + self.B @ self.A * self.scale).to(self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -579,7 +580,7 @@ class Sampler:
             past.close()
             column = (last - start).clamp(0, part.shape[1] - 1)
             found = states[torch.arange(B, device=device), column]  # (B, D)
-            # The block of a row's last id is the last one that counts.
+            # Later blocks hold only padding of a row, which keeps the state of its last id.
             out = torch.where((last >= start)[:, None], found, out)
         self.cache.longest = max(c.filled for c in active)
         return out

@@ -74,7 +74,7 @@ def run_all(config: RunConfig) -> None:
     if not config.resume and (out / "grpo").exists():  # refused now, not after SFT
         raise InputError(f"{out}: holds a run; continue it with --resume, or choose another --out")
     lock(out / "lock")  # until the evaluation is written
-    # Those of a finished run that gets controls.
+    # The seconds of a finished run that gets controls.
     before = read_results(out).get("seconds", {}) if config.resume else {}
     seconds = {stage: before[stage] for stage in ("sft", "grpo") if stage in before}
 

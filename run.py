@@ -148,10 +148,10 @@ class Run:
               optimizer: torch.optim.Optimizer, more: Callable[[], dict] = dict) -> Iterator[int]:
         """Yield the remaining steps and save checkpoints. more(): what to add to state.json."""
         if self.checkpoint:
-            # A checkpoint of adapters lacks the weights beside them.
-            model.load_state_dict(load_file(self.checkpoint / "model.safetensors"), strict=False)
-            tensors = load_file(self.checkpoint / "optimizer.safetensors")
-            restore_optimizer(model, optimizer, tensors)
+            # A checkpoint holds what is trained: adapters without the weights that they share.
+            shared = {name: w for name, w in model.named_parameters() if not w.requires_grad}
+            model.load_state_dict(shared | load_file(self.checkpoint / "model.safetensors"))
+            restore_optimizer(model, optimizer, self.checkpoint / "optimizer.safetensors")
         for step in range(self.state["step"], total):
             yield step
             if (step + 1) % self.save_every == 0 or step + 1 == total:
@@ -188,10 +188,10 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
     return tensors
 
 
-def restore_optimizer(model: Transformer, optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of optimizer_tensors."""
+def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """The inverse of optimizer_tensors, from a file."""
     weights = dict(model.named_parameters())
-    for key, tensor in tensors.items():
+    for key, tensor in load_file(path).items():
         name, moment = key.rsplit(".", 1)
         stepped = getattr(optimizer, "masters", {}).get(weights[name], weights[name])
         if moment == "master":

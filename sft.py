@@ -113,7 +113,7 @@ Turns = list[tuple[list[str], list[str]]]  # per turn: what the role generates, 
 
 def split_conversation(record: dict, prompts: Prompts = SHORT) -> tuple[list[str], Turns]:
     """A recorded conversation -> its prompt and its turns."""
-    if "system" in record:
+    if "system" in record:  # from OpenAI messages (data/messages.py)
         return _chat_conversation(record)
     if record["role"] == "agent":
         return _agent_conversation(record, prompts)

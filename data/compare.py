@@ -35,8 +35,9 @@ def compare(config: CompareConfig) -> None:
     else:
         print("no option differs")
     print()
-    if read_results(a) and read_results(b):
-        rows = result_rows(a, b)
+    results = [read_results(folder) for folder in (a, b)]
+    if all(results):
+        rows = result_rows(*results)
     else:
         first = last_scores(a)
         second = last_scores(b)
@@ -74,13 +75,10 @@ def difference(name: str, first: float | None, second: float | None) -> dict[str
             "B - A": f"{second - first:+.3f}" if known else "-"}
 
 
-def result_rows(a: Path, b: Path) -> list[dict[str, str]]:
+def result_rows(a: dict, b: dict) -> list[dict[str, str]]:
     """The scores of each row that both results.json have."""
-    found = []
-    for folder in (a, b):
-        results = read_results(folder)
-        found.append({row["row"]: row for row in results["rows"]})
-    first, second = found
+    first = {row["row"]: row for row in a["rows"]}
+    second = {row["row"]: row for row in b["rows"]}
     rows = []
     for row in first:
         if row in second:

@@ -74,8 +74,7 @@ def read_results(out: Path) -> dict:
     """results.json of a run, or {} if it is missing or the models were trained again since."""
     path = out / "results.json"
     results = read_json(path) if path.exists() else {}
-    current = results.get("trained_by", trained_by(out)) == trained_by(out)
-    return results if current else {}
+    return results if results.get("trained_by") in (None, trained_by(out)) else {}
 
 
 @contextmanager
@@ -94,6 +93,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     os.replace(part, target)
 
 
+def stage1_folder(out: str, source: str) -> Path:
+    """The sft folder that stage 2 starts from: OUT/sft, or while there is none the source."""
+    target = Path(out) / "sft"
+    return Path(source) if source and not target.exists() else target
+
+
 def stage1_model(out: str, source: str, resume: bool) -> Path:
     """OUT/sft/model. source: the sft folder of another run, which is copied to OUT/sft first.
 
@@ -103,8 +108,8 @@ def stage1_model(out: str, source: str, resume: bool) -> Path:
     if source and target.exists() and not resume:
         raise InputError(f"sft: {target} exists already; leave out --sft to start from it, or "
                          "choose another --out")
-    copied = bool(source) and not target.exists()
-    folder = Path(source) if copied else target
+    folder = stage1_folder(out, source)
+    copied = folder != target
     for part in ("model/config.json", "config.json"):
         if not (folder / part).exists():
             key = "sft" if copied else "out"

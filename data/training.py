@@ -198,9 +198,9 @@ def world_seed(out: str) -> int:
     return seed
 
 
-def is_checkpoint(out: str) -> bool:
-    """Whether stage 1 of a run started from a checkpoint, not from random weights."""
-    return bool(read_json(Path(out) / "sft" / "config.json").get("model"))
+def is_checkpoint(stage1: Path) -> bool:
+    """Whether a stage 1 (its sft folder) started from a checkpoint, not from random weights."""
+    return bool(read_json(stage1 / "config.json").get("model"))
 
 
 def read_all(files: tuple, skip_bad: bool) -> list[Item]:

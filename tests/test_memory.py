@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model as model_file
 from data.options import command_line
@@ -242,6 +242,22 @@ def test_a_resumed_run_ends_with_the_same_weights(kind, tiny, tokenizer, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["full", "adapters"])
+def test_a_checkpoint_that_lacks_a_trained_tensor_is_not_resumed(kind, tiny, tokenizer, tmp_path):
+    """The model in memory would keep its own numbers there, without a word."""
+    model = tiny(tokenizer.size, dtype=torch.float32)
+    model = adapted(model, 4, seed=0) if kind == "adapters" else model
+    optimizer = make_optimizer(model, 1e-3, 0.1)
+    run = Run(tmp_path / "sft", SFTConfig(out=str(tmp_path), save_every=1), ["step"])
+    list(run.steps(1, model, tokenizer, optimizer))
+    path = tmp_path / "sft" / "checkpoints" / "0000001" / "model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[1:]), path)
+    again = Run(tmp_path / "sft", SFTConfig(out=str(tmp_path), save_every=1, resume=True), ["step"])
+    with pytest.raises(RuntimeError, match=f'Missing key.*{next(iter(weights))}'):
+        list(again.steps(2, model, tokenizer, optimizer))
+
+
 # -------------------------------------------------------------------------- defaults of a checkpoint
 
 
@@ -263,6 +279,8 @@ def test_a_checkpoint_has_other_defaults_than_the_miniature(tmp_path, monkeypatc
             config = from_words(GRPOConfig, monkeypatch, *words)
             assert (config.lr, config.trace_tokens, config.save_every) == (lr, tokens, every)
     assert from_words(GRPOConfig, monkeypatch, "--out", tmp_path, "--trace-tokens", 896).trace_tokens == 896
+    # A resumed run has its own OUT/sft. The folder that it was copied from may be gone.
+    assert from_words(GRPOConfig, monkeypatch, "--sft", tmp_path / "gone", "--out", tmp_path, "--resume").lr == 1e-6
 
 
 def test_the_help_prints_both_defaults(monkeypatch, capsys):
