@@ -252,6 +252,15 @@ class AutoAgent:
         opened = self.sampler.open([trace.ids for trace in live[::group]], group)
         self.conversations = dict(zip(live, opened, strict=True))
 
+    def rehearse(self) -> None:
+        """Fill all caches and sample in the largest pass: memory runs out now or never."""
+        rows = self.sampler.capacity
+        width = min(self.sampler.PREFILL // rows, self.trace_tokens // 2)
+        opened = self.sampler.open([[0] * (self.trace_tokens - width)], rows)
+        for conversation in opened:
+            self.sampler.append(conversation, [0] * width)
+        self.sampler.sample(opened, [1] * rows, np.zeros((rows, 1)))
+
     def act(self, traces: list[Trace]) -> None:
         """Generate the next turn of each trace."""
         tokenizer = self.sampler.tokenizer

@@ -45,17 +45,18 @@ from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import Evidence, is_used
 from data.folders import stage1_folder, stage1_model
-from data.options import Config, command_line, option, run_main
+from data.options import StageConfig, command_line, option, run_main
+from data.plan import STAGE1, names_folder, show_plan
 from data.prompts import LONG
 from data.read import question_files
 from data.results import by_set, counts, means
 from data.score import exact_match, f1, normalize
 from data.support import collect_evidence, supporting
-from data.training import choose_questions, is_checkpoint, world_seed
+from data.training import choose_questions, is_checkpoint, micro_batches, world_seed
 from data.world import Question, make_world
 from model import Sampler, Transformer, adapted, load, make_optimizer, optimizer_step, pad
 from run import Run, pick_device, set_up, weights_type
-from sft import micro_batches, trace_logprobs
+from sft import rehearse, trace_logprobs
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2, mask_overlon
 
 
 @dataclass
-class GRPOConfig(Config):
+class GRPOConfig(StageConfig):
     """The options of stage 2."""
     out: str = option("run", "run folder; this stage starts from OUT/sft and writes OUT/grpo")
     sft: str = option("", "the sft folder of another run; it is copied to OUT/sft first",
@@ -91,7 +92,6 @@ class GRPOConfig(Config):
     minibatches: int = option(1, "optimizer steps per epoch")
     lr: float = option(3e-4, "learning rate, falls linearly to 0; with --lora use ten times as "
                       "much", real=1e-6)
-    clip_norm: float = option(1.0, "maximum norm of the gradient")
     loss: str = option("dr_grpo", "whose loss, see above", choices=tuple(LOSSES))
     beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
     w_answer: float = option(0.7, "weight of a correct answer in the reward")
@@ -101,18 +101,14 @@ class GRPOConfig(Config):
     max_turns: int = option(8, "turns per trace")
     turn_tokens: int = option(112, "new tokens per turn", real=512)
     trace_tokens: int = option(896, "tokens per trace, with prompt and observations", real=4096)
-    micro_tokens: int = option(4096, "tokens per micro-batch of the trainer, with padding")
-    lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
-    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
-    sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once")
+    sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once", real=32)
     eval_every: int = option(4, "steps between two evaluations on held-out questions", real=10)
     save_every: int = option(5, "steps between two checkpoints", real=1)
-    resume: bool = option(False, "continue from the newest checkpoint, if there is one")
+    plan: str = option("", "print the GPU memory that training this folder takes", bare=STAGE1)
 
     def is_real(self) -> bool:
-        """Whether stage 1 started from a checkpoint."""
-        folder = stage1_folder(self.out, self.sft)
-        return (folder / "config.json").exists() and is_checkpoint(folder)
+        """Whether a checkpoint is trained."""
+        return names_folder(self.plan) or is_checkpoint(stage1_folder(self.out, self.sft))
 
     def __post_init__(self):
         super().__post_init__()
@@ -445,6 +441,9 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     agent = simulator.agent(model, config.questions * config.group, config.temperature)
     # With beta1 0.9, old gradients dominate, and the policy overshoots.
     optimizer = make_optimizer(model, config.lr, 0.0, momentum=0.5, offload=config.offload)
+    if config.is_real():
+        agent.rehearse()
+        rehearse(model, optimizer, config.trace_tokens, config.micro_tokens)
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
@@ -523,6 +522,9 @@ def train_grpo(config: GRPOConfig) -> None:
 def main() -> None:
     """python grpo.py"""
     config = command_line(GRPOConfig, __doc__)
+    if config.plan:
+        card = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+        return show_plan(config, card)
     train_grpo(config)
     data = " --data FILE" if config.data else ""
     print(f"stage 2 is done: {Path(config.out) / 'grpo'}\n"

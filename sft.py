@@ -20,10 +20,10 @@ from tqdm import tqdm
 import agents
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data import InputError, chat
-from data.options import Config, command_line, option, run_main
+from data.options import StageConfig, command_line, option, run_main
 from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
-from data.training import ROLES, read_traces, spans_of_ones, texts_of
+from data.training import ROLES, micro_batches, read_traces, spans_of_ones, texts_of
 from data.world import make_world, teach
 from model import (
     ModelConfig,
@@ -46,7 +46,7 @@ VOCABULARY = 1280  # maximum number of ids in the tokenizer of such a model
 
 
 @dataclass
-class SFTConfig(Config):
+class SFTConfig(StageConfig):
     """The options of stage 1."""
     out: str = option("run", "run folder; this stage writes OUT/sft")
     model: str = option("", "checkpoint folder to start from, in place of random weights")
@@ -58,9 +58,6 @@ class SFTConfig(Config):
     agent_tokens: int = option(1600, "AutoAgent's tokens per step, with padding", real=16384)
     maker_tokens: int = option(900, "ToolMaker's tokens per step, with padding", real=8192)
     actor_tokens: int = option(900, "ToolActor's tokens per step, with padding", real=8192)
-    micro_tokens: int = option(4096, "tokens of one pass, with padding; less saves memory")
-    lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
-    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
     piece: int = option(24, "at first, conversations are cut into pieces of this many tokens, "
                         "AutoAgent's into pieces of four times as many", least=2)
     piece_steps: int = option(150, "after each so many steps, pieces get four times as long, until "
@@ -68,11 +65,9 @@ class SFTConfig(Config):
     lr: float = option(1.5e-3, "peak learning rate; with --lora use ten times as much", real=1e-5)
     warmup: int = option(100, "steps of warm-up; then a cosine falls to 5 %", least=0, real=20)
     weight_decay: float = option(0.01, "AdamW's weight decay, for matrices only", least=0)
-    clip_norm: float = option(1.0, "maximum norm of the gradient")
     continued_steps: int = option(560, "steps of mtr.py's control: more SFT in place of GRPO")
     eval_every: int = option(300, "steps between two evaluations of the held-out loss", real=50)
     save_every: int = option(150, "steps between two checkpoints", real=50)
-    resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,14 +86,17 @@ def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def micro_batches(traces: list[Trace], tokens: int) -> list[list[Trace]]:
-    """Batches of similar length: one trace, or at most `tokens` tokens if padded to the longest."""
-    made: list[list[Trace]] = []
-    for trace in sorted(traces, key=lambda trace: len(trace.ids)):
-        if not made or len(trace.ids) * (len(made[-1]) + 1) > tokens:
-            made.append([])
-        made[-1].append(trace)
-    return made
+def rehearse(model: Transformer, optimizer: torch.optim.Optimizer, longest: int, tokens: int
+             ) -> None:
+    """Train on full batches at a learning rate of 0: memory runs out now or never. longest: tokens
+    of the longest trace.
+    """
+    traces = [Trace(ids=[0] * longest, mask=[0] + [1] * (longest - 1))] * max(1, tokens // longest)
+    for _ in range(2):  # the second pass finds the gradients of the first in place
+        logprobs, _, _ = trace_logprobs(model, traces)
+        (0 * logprobs.sum()).backward()
+    optimizer_step(model, optimizer, lr=0.0, clip_norm=1.0)
+    optimizer.state.clear()
 
 
 # ------------------------------------------------------------------------ conversations to traces
@@ -306,6 +304,9 @@ def fit(model: Transformer, tokenizer: Tokenizer, data: dict[str, list[Trace]],
     steps = config.steps
     optimizer = make_optimizer(model, config.lr, config.weight_decay, offload=config.offload)
     roles = [role for role in ROLES if data[role]]
+    if config.is_real():
+        longest = max(len(trace.ids) for trace in chain(*data.values()))
+        rehearse(model, optimizer, longest, config.micro_tokens)
     first = run.state["step"]  # above 0 if the run is resumed: its batches are skipped below
     bar = tqdm(run.steps(steps, model, tokenizer, optimizer), desc="sft", unit="step",
                mininterval=1, total=steps, initial=first)
@@ -364,10 +365,9 @@ def train_sft(config: SFTConfig, continued: bool = False) -> None:
         config = replace(config, steps=config.continued_steps, lr=config.lr / 2)
     if source:  # a broken folder is refused before anything is written
         model, tokenizer = load(source, pick_device(), weights_type())
-    if config.lora:
-        model = adapted(model, config.lora, config.seed)
-    if config.model:
-        model.save_memory = True
+        if config.lora:
+            model = adapted(model, config.lora, config.seed)
+        model.save_memory = config.is_real()
     if config.traces:
         records, valid = read_traces(config.traces, split_conversation)
     sources = [path for path in (source, config.traces) if path]

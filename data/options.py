@@ -14,7 +14,8 @@ from data import InputError, printable
 
 def option(default, meaning: str, **more):
     """A config field. `meaning` is its --help text. more: `least`, the lowest value of a number,
-    `choices`, `real`, its default for a real checkpoint, and `unset`, what no value means.
+    `choices`, `real`, its default for a real checkpoint, `unset`, what no value means, and `bare`,
+    the value of a flag that is given without one.
     """
     return field(default=default, metadata={"help": meaning, **more})
 
@@ -58,6 +59,16 @@ class Config:
         return bool(getattr(self, "model", ""))
 
 
+@dataclass
+class StageConfig(Config):
+    """The options that both stages of training share."""
+    clip_norm: float = option(1.0, "maximum norm of the gradient")
+    micro_tokens: int = option(4096, "tokens of one training pass, with padding; less saves memory")
+    lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
+    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
+    resume: bool = option(False, "continue from the newest checkpoint, if there is one")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake prints one line and not the whole usage."""
 
@@ -75,6 +86,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
             how = {"action": argparse.BooleanOptionalAction}
         elif kind is tuple:
             how = {"nargs": "+", "metavar": "FILE"}
+        elif "bare" in f.metadata:
+            how = {"nargs": "?", "const": f.metadata["bare"], "metavar": "FOLDER"}
         default = f.metadata.get("unset", "none") if f.default in (None, "", ()) else f.default
         if "real" in f.metadata:
             default = f"{default}; of a checkpoint {f.metadata['real']}"
@@ -95,6 +108,13 @@ def command_line(config_class: type, description: str):
     return config_class(**vars(parser.parse_args()))
 
 
+# What to do if the memory is full.
+LESS_MEMORY = {"sft.py": "lower --micro-tokens, or use --lora 16 or --offload",
+               "grpo.py": "lower --questions, --sim-rows, --trace-tokens or --micro-tokens, or use "
+                          "--lora 16 or --offload; --plan shows what each saves",
+               "mtr.py": "lower --rows, --samples or --trace-tokens"}
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a program. A user's mistake prints one line on stderr and exits with code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it raises KeyboardInterrupt
@@ -108,8 +128,8 @@ def run_main(main: Callable[[], None]) -> None:
                 "bad_alloc")  # torch's words for it
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in full):
             raise
-        code, line = 2, ("out of memory; lower --rows, --group, --trace-tokens, --micro-tokens or "
-                         "--agent-tokens")
+        program = Path(sys.argv[0]).name
+        code, line = 2, f"out of memory; {LESS_MEMORY.get(program, LESS_MEMORY['mtr.py'])}"
     except KeyboardInterrupt:
         code, line = 130, "stopped; --resume continues a training run from its last checkpoint"
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)

@@ -154,6 +154,18 @@ def texts_of(records: dict[str, list[dict]], split: Callable[[dict], tuple]) -> 
     return texts
 
 
+def micro_batches(traces: list, tokens: int) -> list[list]:
+    """Batches of traces (agents.Trace) of similar length: one trace, or at most `tokens` tokens if
+    padded to the longest.
+    """
+    made: list[list] = []
+    for trace in sorted(traces, key=lambda trace: len(trace.ids)):
+        if not made or len(trace.ids) * (len(made[-1]) + 1) > tokens:
+            made.append([])
+        made[-1].append(trace)
+    return made
+
+
 def spans_of_ones(mask: list[int]) -> Iterator[tuple[int, int]]:
     """(begin, end) of each run of ones."""
     begin = None
@@ -200,7 +212,8 @@ def world_seed(out: str) -> int:
 
 def is_checkpoint(stage1: Path) -> bool:
     """Whether a stage 1 (its sft folder) started from a checkpoint, not from random weights."""
-    return bool(read_json(stage1 / "config.json").get("model"))
+    path = stage1 / "config.json"
+    return path.exists() and bool(read_json(path).get("model"))
 
 
 def read_all(files: tuple, skip_bad: bool) -> list[Item]:

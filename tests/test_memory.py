@@ -1,20 +1,28 @@
 """What saves memory changes no result: recomputed activations, scores in chunks, prefill in blocks, adapters, masters.
 
-Each part is compared with the plain way, in float64 or bit for bit."""
+Each part is compared with the plain way, in float64 or bit for bit. And the plan, which counts the memory beforehand."""
 import json
 import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import grpo
 import model as model_file
+from agents import AutoAgent, Trace, run_episodes
+from data import options, plan
 from data.options import command_line
 from grpo import GRPOConfig
 from model import (
+    KVCache,
     Linear,
     Masters,
+    ModelConfig,
     Sampler,
     Transformer,
     adapted,
@@ -25,7 +33,7 @@ from model import (
     token_logprobs,
 )
 from run import Run
-from sft import SFTConfig
+from sft import SFTConfig, rehearse
 
 
 def loss_of(model, ids, mask, temperature=0.7):
@@ -288,3 +296,187 @@ def test_the_help_prints_both_defaults(monkeypatch, capsys):
         from_words(SFTConfig, monkeypatch, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "peak learning rate; with --lora use ten times as much (default: 0.0015; of a checkpoint 1e-05)" in text
+
+
+# ------------------------------------------------------------------------------------------ rehearsal
+
+
+def watched_rehearsal(model, optimizer):
+    """Rehearse 7 x 30 tokens of 220 -> the number of scored tokens of each pass, and at each step whether all gradients are there."""
+    passes, steps = [], []
+    step = optimizer.step
+    model.head = lambda states: passes.append(len(states)) or Transformer.head(model, states)
+    optimizer.step = lambda: steps.append(all(p.grad is not None for p in model.parameters() if p.requires_grad)) or step()
+    rehearse(model, optimizer, 30, 220)
+    del model.head, optimizer.step
+    return passes, steps
+
+
+@pytest.mark.parametrize("kind", ["full", "masters", "adapters"])
+def test_a_rehearsal_changes_nothing(kind, tiny):
+    """A run that is rehearsed first ends with the same weights. All tokens of its batch but the first of each trace are
+    scored, twice before the step."""
+    ends = []
+    for rehearsed in (False, True):
+        model = tiny(dtype=torch.bfloat16 if kind == "masters" else torch.float32)
+        model = adapted(model, 4, seed=0) if kind == "adapters" else model
+        optimizer = make_optimizer(model, 1e-2, 0.1)
+        if rehearsed:
+            before = [p.clone() for p in model.parameters()]
+            assert watched_rehearsal(model, optimizer) == ([7 * 29 + -7 * 29 % 128] * 2, [True])
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+            assert not optimizer.state and all(p.grad is None for p in model.parameters())
+        for number in range(2):
+            loss_of(model, *a_batch(model, columns=20, seed=number))[0].backward()
+            optimizer_step(model, optimizer, 1e-2, 1.0)
+        ends.append([p.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_trace_that_is_longer_than_a_batch_is_rehearsed_too(tiny):
+    model = tiny(dtype=torch.float32)
+    shapes = []
+    real = Transformer.forward
+    model.forward = lambda ids: shapes.append(tuple(ids.shape)) or real(model, ids)
+    rehearse(model, make_optimizer(model, 1e-2, 0.1), 96, 64)
+    assert shapes == [(1, 96)] * 2
+
+
+@pytest.mark.parametrize("prefill", [16_384, 40])
+def test_an_agents_rehearsal_fills_the_caches_and_is_forgotten(prefill, tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(Sampler, "PREFILL", prefill)
+    found, passes = [], []
+    real = Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, ids, past=None: passes.append((*ids.shape, past.mask.shape[-1])) or real(self, ids, past))
+    for rehearsed in (False, True):
+        sampler = Sampler(tiny(tokenizer.size), tokenizer, 4, 200)
+        agent = AutoAgent(sampler, 2, 20, 200, 1.0)
+        passes.clear()
+        if rehearsed:
+            agent.rehearse()
+            assert all(c.filled == 200 for c in sampler.rows) and bool((sampler.cache.length == 200).all())
+            assert max(rows * columns for rows, columns, slots in passes if slots == 200) >= min(prefill, 4 * 100)
+        traces = [Trace("Who is it?", [], (0, i)) for i in range(4)]
+        run_episodes(agent, lambda requests: [{}] * len(requests), traces, 2)
+        found.append([trace.ids for trace in traces])
+    assert found[0] == found[1]
+
+
+# ----------------------------------------------------------------------------------------------- plan
+
+SHAPES = {"0.5b": (151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True), "1.5b": (151936, 1536, 8960, 28, 12, 2, 32768, 1e-6, 1e6, True),
+          "3b": (151936, 2048, 11008, 36, 16, 2, 32768, 1e-6, 1e6, True), "7b": (152064, 3584, 18944, 28, 28, 4, 32768, 1e-6, 1e6, False)}
+
+
+def shape_folder(folder, size):
+    """A folder with the config.json of this size of Qwen2.5, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(zip(ModelConfig.__dataclass_fields__, SHAPES[size], strict=True))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("lora", [0, 16])
+def test_the_plan_counts_the_weights_of_the_model(size, lora, tmp_path):
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(*SHAPES[size]))
+        weights = sum(p.numel() for p in model.parameters())
+        model = adapted(model, lora, 0) if lora else model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.count_weights(plan.read_shape(shape_folder(tmp_path, size)), lora) == (weights, trained)
+
+
+@pytest.mark.parametrize("flags", [{}, {"trace_tokens": 1000, "questions": 3, "sim_rows": 5}, {"turn_tokens": 700}])
+def test_the_plan_counts_the_slots_of_the_caches(flags, tiny, tokenizer, tmp_path, monkeypatch):
+    """Beside the caches that stage 2 makes, with the multiple of 64 that a GPU has."""
+    shape = ModelConfig(tokenizer.size + 4, 32, 24, 2, 4, 2, 4500, 1e-2, 100.0, True)
+    save_model(Transformer(shape).init_weights(0), tokenizer, tmp_path / "model")
+    made = []
+    real = KVCache.__init__
+
+    def on_a_gpu(self, model, rows, slots):
+        real(self, model, rows, slots + -slots % 64)
+        made.append(self.k.numel() + self.v.numel())
+    monkeypatch.setattr(KVCache, "__init__", on_a_gpu)
+    config = GRPOConfig(plan=str(tmp_path / "model"), **({"trace_tokens": 4096, "turn_tokens": 512} | flags))
+    simulator = grpo.Simulator(tmp_path / "model", config, True, config.sim_rows)
+    simulator.agent(simulator.model, config.questions * config.group, 1.0)
+    c = plan.read_shape(tmp_path / "model")
+    agent, other = plan.count_slots(c, config)
+    assert made == [other * 2 * 2 * c.kv, agent * 2 * 2 * c.kv]
+    found = plan.count_bytes(c, config)
+    assert (found["simulator_cache"], found["agent_cache"]) == (2 * made[0], 2 * made[1])
+
+
+def test_the_parts_of_a_plan_by_hand(tmp_path):
+    """Full training in bfloat16: 2 + 2 + 12 bytes per weight and 2 of gradients. Each option lowers the parts that it should."""
+    folder = shape_folder(tmp_path, "3b")
+    c = plan.read_shape(folder)
+    config = GRPOConfig(plan=str(folder), trace_tokens=4096, turn_tokens=512, questions=16, sim_rows=32)
+    weights = plan.count_weights(c, 0)[0]
+    full = plan.count_bytes(c, config)
+    assert full["policy"] == full["simulator"] == 2 * weights and full["optimizer"] == 12 * weights
+    assert full["agent_cache"] == 128 * 4096 * 36 * 2 * 256 * 2 and full["simulator_cache"] == 32 * 4608 * 36 * 2 * 256 * 2
+    assert full["peak"] == 2 * weights + plan.training_peak(c, config, 2)
+    assert full["stage 2"] == sum(value for name, value in full.items() if not name.startswith("stage"))
+    assert full["stage 1"] == 16 * weights + plan.training_peak(c, config, 2) + plan.OTHER
+    offload = plan.count_bytes(c, replace(config, offload=True))
+    assert offload["optimizer"] == 0 and full["stage 2"] - offload["stage 2"] == 12 * weights
+    lora = plan.count_bytes(c, replace(config, lora=16))
+    adapters = plan.count_weights(c, 16)[1]
+    assert lora["simulator"] == 0 and lora["policy"] == 2 * weights + 4 * adapters and lora["optimizer"] == 8 * adapters
+    assert lora == plan.count_bytes(c, replace(config, lora=16, offload=True))  # adapters are float32 already
+    assert lora["stage 1"] == 2 * weights + 16 * adapters + plan.training_peak(c, replace(config, lora=16), 2) + plan.OTHER
+    assert lora["peak"] == max(4 * adapters + plan.training_peak(c, replace(config, lora=16), 2), plan.sampling_peak(c, config, 2))
+    plain = plan.count_bytes(c, replace(config, precision="float32"))
+    assert plain["policy"] == 4 * weights and plain["optimizer"] == 8 * weights
+    long = replace(config, lora=16, micro_tokens=20_000)
+    assert plan.training_peak(c, long, 2) == 20_000 * 2 * (36 * 2048 + 13 * 2048 + 7 * 11008)
+    assert plan.sampling_peak(c, replace(config, questions=2000), 2) == 2000 * 8 * 151936 * 16
+
+
+def test_the_constants_of_the_plan_are_those_of_the_model():
+    assert plan.PREFILL == Sampler.PREFILL
+    assert f"states.split({plan.CHUNK})" in Path(model_file.__file__).read_text(encoding="utf-8")
+
+
+def planned(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["grpo.py", *map(str, words)])
+    grpo.main()
+    return capsys.readouterr().out
+
+
+def test_a_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    """With a folder, or for the stage 1 of a run. The defaults are those of a checkpoint."""
+    folder = shape_folder(tmp_path / "qwen", "7b")
+    said = planned(monkeypatch, capsys, "--plan", folder, "--out", tmp_path / "run")
+    assert said.startswith("7,616 million weights, 7,616 million numbers trained") and not (tmp_path / "run").exists()
+    assert "weights of the policy            15.2\n" in said and "AutoAgent's KV cache             30.1  --questions" in said
+    lines = [line.split() for line in said.splitlines()]
+    assert ["--lora", "16", "58.9", "19.7", "no", "fits", "fits"] in lines and "--offload takes 91.4 GB" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 60e9))
+    said = planned(monkeypatch, capsys, "--plan", folder, "--lora", 8)
+    lines = [line.split() for line in said.splitlines()]
+    assert ["with", "grpo.py", "sft.py", "60", "GB"] in lines and [line[-1] for line in lines if line[:2] == ["these", "options"]] == ["fits"]
+    shutil.move(folder, tmp_path / "run" / "sft" / "model")
+    (tmp_path / "run" / "sft" / "config.json").write_text(json.dumps({"model": "qwen"}))
+    assert planned(monkeypatch, capsys, "--plan", "--out", tmp_path / "run", "--lora", 8) == said
+
+
+def test_a_plan_needs_a_checkpoint(tmp_path, monkeypatch):
+    with pytest.raises(grpo.InputError, match="plan: .*holds no trained checkpoint; name one, --plan FOLDER"):
+        GRPOConfig(out=str(tmp_path), plan=plan.STAGE1) and plan.show_plan(GRPOConfig(out=str(tmp_path), plan=plan.STAGE1))
+    with pytest.raises((grpo.InputError, OSError), match="config.json"):
+        plan.show_plan(GRPOConfig(plan=str(tmp_path)))
+
+
+@pytest.mark.parametrize("program, flags", [("sft.py", "--micro-tokens"), ("grpo.py", "--questions, --sim-rows"), ("mtr.py", "--rows"), ("x.py", "--rows")])
+def test_full_memory_names_the_options_of_the_program(program, flags, monkeypatch, capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+    monkeypatch.setattr("sys.argv", [program])
+    with pytest.raises(SystemExit) as end:
+        options.run_main(main)
+    assert end.value.code == 2 and f"{program}: out of memory; lower {flags}" in capsys.readouterr().err

@@ -499,7 +499,7 @@ def test_too_little_memory_is_one_line_that_names_the_options(error, handlers, c
     with pytest.raises(SystemExit) as end:
         run_main(main)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, --group, " in said
+    assert end.value.code == 2 and said.count("\n") == 1 and "out of memory; lower --rows, " in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
