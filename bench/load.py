@@ -27,8 +27,8 @@ SHAPE = ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
 ROUNDS, SIDES, DTYPES = 5, ("ours", "transformers"), ("float32", "bfloat16")
 
 
-def make_folder(folder: Path) -> None:
-    """Random weights, and a BPE of Qwen2.5's size. Each merge adds a byte to an earlier token."""
+def make_tokenizer(folder: Path) -> None:
+    """A BPE of Qwen2.5's size. Each merge adds a byte to an earlier token."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words, merges = list(letters), []
     for word in words:
@@ -46,6 +46,11 @@ def make_folder(folder: Path) -> None:
     bpe.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_folder(folder: Path) -> None:
+    """A tokenizer and random weights."""
+    make_tokenizer(folder)
     model = Transformer(SHAPE).bfloat16()
     for weight in model.parameters():
         weight.data.normal_(std=0.02)

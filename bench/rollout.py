@@ -34,6 +34,7 @@ SHAPES = {  # of Qwen2.5's config.json, of the miniature, and a tiny one for reh
     "miniature": ModelConfig(1100, 192, 512, 3, 3, 1, 2048, 1e-6, 1e6, True),
     "0.5b": ModelConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True),
     "1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 32768, 1e-6, 1e6, True),
+    "3b": ModelConfig(151936, 2048, 11008, 36, 16, 2, 32768, 1e-6, 1e6, True),
     "7b": ModelConfig(152064, 3584, 18944, 28, 28, 4, 32768, 1e-6, 1e6, False)}
 
 

@@ -64,10 +64,12 @@ def count_slots(c, config) -> tuple[int, int]:
 
 def sampling_peak(c, config, size: int) -> float:
     """Bytes of activations at the peak of sampling. size: bytes of a weight."""
+    rows = config.questions * config.group
+    tokens = min(PREFILL, rows * config.trace_tokens // 2)
     wide = 3 * c.intermediate_size + 3 * c.hidden_size  # numbers per token inside an MLP
     groups = c.num_attention_heads // c.num_key_value_heads
-    prefill = PREFILL * (wide + groups * config.trace_tokens) * size  # with the attention mask
-    decode = config.questions * config.group * c.vocab_size * 4 * 4  # as in training_peak
+    prefill = tokens * (wide + groups * config.trace_tokens) * size  # with the attention mask
+    decode = rows * c.vocab_size * 4 * 4  # as in training_peak
     return max(prefill, decode)
 
 

@@ -3,9 +3,11 @@
 Each part is compared with the plain way, in float64 or bit for bit. And the plan, which counts the memory beforehand."""
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import grpo
 import model as model_file
+import sft
 from agents import AutoAgent, Trace, run_episodes
 from data import options, plan
 from data.options import command_line
@@ -333,6 +336,17 @@ def test_a_rehearsal_changes_nothing(kind, tiny):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_a_rehearsal_takes_no_gradient(tiny):
+    """AdamW would not show it, because its step is 0. The norm is that before clipping."""
+    model = tiny(dtype=torch.float32)
+    norms = []
+    real = model_file.optimizer_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "optimizer_step", lambda *args, **more: norms.append(real(*args, **more)))
+        rehearse(model, make_optimizer(model, 1e-2, 0.1), 30, 220)
+    assert norms == [0.0]
+
+
 def test_a_trace_that_is_longer_than_a_batch_is_rehearsed_too(tiny):
     model = tiny(dtype=torch.float32)
     shapes = []
@@ -340,6 +354,40 @@ def test_a_trace_that_is_longer_than_a_batch_is_rehearsed_too(tiny):
     model.forward = lambda ids: shapes.append(tuple(ids.shape)) or real(model, ids)
     rehearse(model, make_optimizer(model, 1e-2, 0.1), 96, 64)
     assert shapes == [(1, 96)] * 2
+
+
+class Reached(Exception):
+    """Where a test has seen enough."""
+
+
+def steps_or_rehearsal(*asked):
+    raise Reached(*asked)
+
+
+@pytest.mark.parametrize("model, want", [("qwen", (50, 4096)), ("", ("steps",))])
+def test_stage_1_is_rehearsed_for_a_checkpoint_alone(model, want, tiny, monkeypatch):
+    """With the longest conversation, before a checkpoint of the run is restored."""
+    monkeypatch.setattr(sft, "rehearse", lambda model, optimizer, *lengths: steps_or_rehearsal(*lengths))
+    run = SimpleNamespace(state={"step": 0}, steps=lambda *_: steps_or_rehearsal("steps"))
+    data = {"agent": [Trace(ids=[0] * 50)], "maker": [Trace(ids=[0] * 20)], "actor": []}
+    with pytest.raises(Reached) as reached:
+        sft.fit(tiny(), None, data, {}, SFTConfig(model=model), run)
+    assert reached.value.args == want
+
+
+@pytest.mark.parametrize("kind, want", [("qwen", ["agent", (4096, 4096), "steps"]), ("", ["steps"])])
+def test_stage_2_is_rehearsed_for_a_checkpoint_alone(kind, want, tiny, tmp_path, monkeypatch):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.json").write_text(json.dumps({"model": kind}))
+    done = []
+    monkeypatch.setattr(grpo, "rehearse", lambda model, optimizer, *lengths: done.append(lengths))
+    agent = SimpleNamespace(rehearse=lambda: done.append("agent"))
+    config = from_words(GRPOConfig, monkeypatch, "--out", tmp_path, "--trace-tokens", 4096)
+    simulator = SimpleNamespace(config=config, actor=None, agent=lambda *_: agent, tokenizer=None)
+    run = SimpleNamespace(steps=lambda *_, **__: done.append("steps") or steps_or_rehearsal())
+    with pytest.raises(Reached):
+        grpo.loop(simulator, tiny(), [], [], run)
+    assert done == want
 
 
 @pytest.mark.parametrize("prefill", [16_384, 40])
@@ -434,6 +482,32 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
     long = replace(config, lora=16, micro_tokens=20_000)
     assert plan.training_peak(c, long, 2) == 20_000 * 2 * (36 * 2048 + 13 * 2048 + 7 * 11008)
     assert plan.sampling_peak(c, replace(config, questions=2000), 2) == 2000 * 8 * 151936 * 16
+
+
+def test_the_table_of_the_documentation_is_that_of_the_plan(tmp_path, monkeypatch):
+    """GB of stage 2, and of stage 1 in brackets; and which of them fit a card, in the table below it."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for variant in plan.VARIANTS:
+        flags = plan.flags_of(variant)
+        row = f"| `{flags}` |" if flags else "| no option |"
+        for size in SHAPES:
+            folder = shape_folder(tmp_path / size, size)
+            found = plan.count_bytes(plan.read_shape(folder), from_words(GRPOConfig, monkeypatch, "--plan", folder, *flags.split()))
+            row += f" {found['stage 2'] / 1e9:.1f} ({found['stage 1'] / 1e9:.1f}) |"
+        assert row + "\n" in text
+    for line, most in (("| 24 GB | 0.5B; 1.5B with `--offload --questions 4 --sim-rows 16` | 3B with `--questions 4 --sim-rows 16` |", 24),
+                       ("| 80 GB | 1.5B; 3B with `--offload`; 7B with `--offload --questions 4 --sim-rows 16` | 7B |", 80),
+                       ("| 141 GB | 3B; 7B with `--offload` | 7B |", 141)):
+        assert line + "\n" in text
+        cells = line.split("|")[2:4]
+        for cell, lora in zip(cells, ([], ["--lora", 16]), strict=True):
+            for entry in cell.split(";"):
+                size, *flags = entry.replace("`", "").replace(" with ", " ").lower().split()
+                config = from_words(GRPOConfig, monkeypatch, "--plan", tmp_path / size, *flags, *lora)
+                assert plan.count_bytes(plan.read_shape(tmp_path / size), config)["stage 2"] < most * 1e9
+    smallest = re.search(r"7B fits 24 GB with `(.*?)` \((.*?)\)", text)
+    config = from_words(GRPOConfig, monkeypatch, "--plan", tmp_path / "7b", *smallest[1].split())
+    assert f"{plan.count_bytes(plan.read_shape(tmp_path / '7b'), config)['stage 2'] / 1e9:.1f}" == smallest[2]
 
 
 def test_the_constants_of_the_plan_are_those_of_the_model():

@@ -284,7 +284,7 @@ def test_as_many_worlds_are_imagined_as_asked(continued, tmp_path, monkeypatch):
         raise Made([len(real(*asked)[0][role]) for role in ("agent", "maker")])
     real = sft.teach
     monkeypatch.setattr(sft, "teach", teach)
-    monkeypatch.setattr(sft, "load", lambda *_: (None, None))
+    monkeypatch.setattr(sft, "load", lambda *_: (SimpleNamespace(), None))
     monkeypatch.setattr(sft, "Run", lambda *_: SimpleNamespace(finished=False))
     for worlds in (1, 2):
         with pytest.raises(Made) as made:

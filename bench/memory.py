@@ -1,0 +1,133 @@
+"""The memory of one step of both stages, beside the plan of grpo.py --plan.
+
+    python bench/memory.py --shape 0.5b                              on a GPU, or
+    python bench/memory.py --shape 0.5b --device cpu --precision bfloat16 --questions 2 --group 4
+        --sim-rows 8 --trace-tokens 1024 --micro-tokens 1024 --turn-tokens 16 --max-turns 2
+
+All options but --shape are grpo.py's. It writes a folder with random bfloat16 weights in the shape of a Qwen2.5 model,
+and starts sft.py and grpo.py, each as a process of its own, for one step. Rewards are random, because random weights
+earn none; nothing is evaluated. Both stages start with a rehearsal of the largest batch, so the peak of one step is
+that of a run. On a GPU the peak is that of torch's allocator; "device" is all that the card had in use at the end,
+with CUDA itself. On a CPU it is the resident memory beyond that of the imports. The last line is one JSON object.
+"""
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from load import make_tokenizer
+from rollout import SHAPES
+
+import grpo
+import sft
+from data.options import run_main
+from data.plan import OTHER, count_bytes, read_shape
+from model import Tokenizer, Transformer, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ("device", "precision", "micro_tokens", "lora", "offload")  # options of both stages
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory now. 0 after it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def write_files(folder: Path, shape: str) -> None:
+    """A checkpoint with random weights, conversations for stage 1 and 30 questions for stage 2."""
+    (folder / "tokenizer").mkdir()
+    make_tokenizer(folder / "tokenizer")
+    with torch.device("meta"):
+        model = Transformer(SHAPES[shape]).bfloat16()
+    model = model.to_empty(device="cpu")
+    for name, weight in model.named_parameters():
+        weight.data.normal_(std=0.02) if "norm" not in name else weight.data.fill_(1)
+    save_model(model, Tokenizer(folder / "tokenizer"), folder / "qwen")
+    sample = ROOT / "data" / "sample"
+    lines = [(sample / f"{role}.jsonl").read_text(encoding="utf-8") for role in sft.ROLES]
+    (folder / "traces.jsonl").write_text("".join(lines), encoding="utf-8")
+    questions = (sample / "questions.jsonl").read_text(encoding="utf-8").splitlines()[:30]
+    (folder / "questions.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
+
+
+def child(stage: str) -> None:
+    """One step of a stage, with what it takes as a line of JSON."""
+    number = random.Random(0)
+    zeros = dict.fromkeys(("em", "answer", "consistency", *grpo.PARTS), 0.0)
+    grpo.reward = lambda *_: zeros | {"reward": number.random()}
+    grpo.evaluate_heldout = lambda *_: {}
+    sft.held_out_loss = lambda *_: 0.0
+    print("imported", flush=True)
+    sys.stdin.readline()
+    start = time.perf_counter()
+    sys.argv = [f"{stage}.py", *sys.argv[3:]]
+    run_main({"sft": sft, "grpo": grpo}[stage].main)
+    found = {"seconds": round(time.perf_counter() - start, 1)}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found |= {"peak": torch.cuda.max_memory_allocated() / 1e9,
+                  "reserved": torch.cuda.max_memory_reserved() / 1e9, "device": (total - free) / 1e9}
+    print(json.dumps(found))
+
+
+def measure(stage: str, flags: list[str]) -> dict:
+    """Run one stage in a process and watch its memory."""
+    process = subprocess.Popen([sys.executable, __file__, "child", stage, *flags], text=True, cwd=ROOT,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "imported\n"
+    before = peak = resident(process.pid)
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.005)
+    if process.returncode:
+        return {"failed": process.returncode}
+    return {"peak": (peak - before) / 1e9} | json.loads(process.stdout.read().splitlines()[-1])
+
+
+def as_flags(options: dict) -> list[str]:
+    """Options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [] if value is False else [flag, str(value)]
+    return words
+
+
+def main() -> None:
+    """Write the files, run both stages, print plan and measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="0.5b", choices=list(SHAPES))
+    shape, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_files(folder, shape.shape)
+        sys.argv = ["grpo.py", *rest, "--plan", str(folder / "qwen")]
+        config = grpo.command_line(grpo.GRPOConfig, "")
+        plan = count_bytes(read_shape(folder / "qwen"), config)
+        shared = as_flags({key: getattr(config, key) for key in SHARED})
+        out = ["--out", str(folder / "run"), "--steps", "1"]
+        for role in sft.ROLES:  # one batch each: more would take longer, and no more memory
+            shared += [f"--{role}-tokens", str(config.micro_tokens)]
+        found = {"sft": measure("sft", ["--model", str(folder / "qwen"), "--traces", str(folder / "traces.jsonl"), *out, *shared]),
+                 "grpo": measure("grpo", ["--data", str(folder / "questions.jsonl"), *out, *rest])}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    for stage, key in (("sft", "stage 1"), ("grpo", "stage 2")):
+        found[stage]["plan"] = (plan[key] - OTHER) / 1e9
+        print(stage, {k: round(v, 2) for k, v in found[stage].items()}, flush=True)
+    print(json.dumps({"shape": shape.shape, "flags": rest, "on": name, "date": str(date.today()), "commit": commit} | found))
+
+
+if __name__ == "__main__":
+    child(sys.argv[2]) if sys.argv[1:2] == ["child"] else main()
