@@ -18,12 +18,14 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402  (must follow the lines above)
 from test_agents import as_pieces  # noqa: E402  (must follow the lines above)
 from test_messages import CASES  # noqa: E402  (must follow the lines above)
+from test_walk import PAGE, blocks, write_checkpoint  # noqa: E402  (must follow the lines above)
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402  (must follow the lines above)
 from transformers.cache_utils import DynamicCache  # noqa: E402  (must follow the lines above)
 
 import agents  # noqa: E402  (must follow the lines above)
 from data import chat
 from data.messages import read_messages  # noqa: E402  (must follow the lines above)
+from data.prompts import LONG  # noqa: E402  (must follow the lines above)
 from data.world import RELATIONS, tool_for  # noqa: E402  (must follow the lines above)
 from model import CachePass, KVCache, Sampler, Tokenizer, load, save_model  # noqa: E402  (must follow the lines above)
 from sft import to_trace  # noqa: E402  (must follow the lines above)
@@ -265,3 +267,21 @@ def test_messages_have_the_ids_and_mask_of_the_chat_template(case, folder):
     trace = to_trace(read_messages(case["row"]), ours)
     assert trace.ids == want and trace.mask == mask and 0 < sum(mask) < len(mask)
     assert ours.decode(want) == case["text"].replace("⟦", "").replace("⟧", "")
+
+
+# --------------------------------------------------------------------------------------- docs/real.md
+
+
+def test_the_code_of_the_walk_runs(tokenizer, tmp_path, monkeypatch, capsys):
+    """Its prompt has the ids that AutoAgent samples from. It prints a turn that begins as AutoAgent's turns do."""
+    write_checkpoint(tmp_path / "RUN" / "grpo" / "model", Tokenizer(Path(REAL)) if REAL else tokenizer)
+    monkeypatch.chdir(tmp_path)
+    code, = [block for language, block in blocks(PAGE.read_text(encoding="utf-8")) if language == "python"]
+    names = {}
+    exec(code, names)
+    ours = Tokenizer(tmp_path / "RUN" / "grpo" / "model")
+    function = names["tool"]["function"]
+    tool = agents.Tool(**function, returns={"type": "object"})
+    prompt = agents.AutoAgent.prompt(LONG, names["messages"][1]["content"], [tool])
+    assert names["prompt"].input_ids[0].tolist() == ours.encode(prompt)
+    assert capsys.readouterr().out.startswith(LONG.begin) and names["reply"].shape[1] > names["prompt"].input_ids.shape[1]
