@@ -253,7 +253,7 @@ class AutoAgent:
         self.conversations = dict(zip(live, opened, strict=True))
 
     def rehearse(self) -> None:
-        """Fill all caches and sample in the largest pass: memory runs out now or never."""
+        """Fill the caches and sample in the largest pass: memory runs out now or never."""
         rows = self.sampler.capacity
         width = min(self.sampler.PREFILL // rows, self.trace_tokens // 2)
         opened = self.sampler.open([[0] * (self.trace_tokens - width)], rows)

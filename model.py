@@ -732,6 +732,7 @@ def _load_file(file: Path, model: Transformer, missing: dict[str, torch.Size], d
         raise InputError(f"{file}: not a whole safetensors file ({error})") from None
 
 
+@torch.no_grad()
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, merge: bool = True) -> None:
     """Write a folder that transformers loads: weights, config, tokenizer and stop ids. Adapters are
     merged. merge=False is for a checkpoint: only what is trained, as it is.
@@ -744,7 +745,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, merge: bo
         weights = {name: w for name, w in weights.items() if not name.endswith((".A", ".B"))}
         for name, layer in model.named_modules():
             if isinstance(layer, Linear):
-                weights[f"{name}.weight"] = layer.merged()
+                weights[f"{name}.weight"] = layer.merged().cpu()
     weights = {name: w.detach().contiguous().cpu() for name, w in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pad = min(tokenizer.stop_ids)  # in Qwen2.5 <|endoftext|>
