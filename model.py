@@ -635,11 +635,11 @@ class Masters(torch.optim.AdamW):
     @torch.no_grad()
     def step(self) -> None:
         for weight, master in self.masters.items():
-            # One after the other: AdamW skips all others, because they have no gradient.
+            # One after the other: AdamW skips all without a gradient.
             master.grad = weight.grad.to(master.device, torch.float32)
             super().step()
             master.grad = None
-            weight.copy_(master)
+            weight.copy_(master.to(weight.dtype))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for weight in self.masters:
