@@ -30,15 +30,22 @@ def guard(tmp_path_factory):
 
 def start(guard, shape, what):
     command = [sys.executable, TESTS / "fake_cuda.py", guard, shape, what]
-    return subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS.parent)
+
+
+@pytest.fixture(scope="session")
+def started(guard):
+    """Both shapes at the same time: each takes most of a minute on one core."""
+    return {shape: start(guard, shape, "check") for shape in MATRICES}
 
 
 @pytest.fixture(scope="session", params=["0.5b", "7b"])
-def facts(request, guard):
+def facts(request, started):
     """What fake_cuda.py found at one shape. A device mismatch ends it."""
-    done = start(guard, request.param, "check")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {"shape": request.param, **json.loads(done.stdout.splitlines()[-1])}
+    process = started[request.param]
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return {"shape": request.param, **json.loads(out.splitlines()[-1])}
 
 
 def test_the_decode_loop_waits_once_per_step(facts):
@@ -85,6 +92,7 @@ def test_the_update_takes_all_its_steps(facts, loss):
 @pytest.mark.parametrize("broken", ["stop", "pad"])
 def test_a_tensor_on_the_wrong_device_is_found(guard, broken):
     """The sampler's stop ids, or the ids of traces, lie on the CPU."""
-    done = start(guard, "0.5b", broken)
-    assert done.returncode == 1
-    assert "at least two devices, cuda:0 and cpu" in done.stderr.splitlines()[-1]
+    process = start(guard, "0.5b", broken)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "at least two devices, cuda:0 and cpu" in errors.splitlines()[-1]
