@@ -36,9 +36,8 @@ import run
 import sft
 from agents import Trace
 from bench.rollout import SHAPES
-from model import ModelConfig, Sampler, Transformer, adapted, make_optimizer, pad
+from model import Sampler, Transformer, adapted, make_optimizer, pad
 
-SHAPES["3b"] = ModelConfig(151936, 2048, 11008, 36, 16, 2, 32768, 1e-6, 1e6, True)
 run.chosen["device"] = "cuda"
 run.half_supported = lambda kind: True
 torch.autograd.set_multithreading_enabled(False)  # dispatch modes belong to a thread

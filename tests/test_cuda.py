@@ -4,10 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from bench.rollout import SHAPES
+from data import plan
+from grpo import GRPOConfig
 
 TESTS = Path(__file__).resolve().parent
 LIMIT = 10_000  # bytes of ids, masks and numbers per copy; the smallest matrix of an adapter has 57 kB
@@ -74,9 +79,9 @@ def test_a_training_step_leaves_everything_in_its_place(facts, kind):
     assert found["gradients"] == [[FULL if lora else HALF]] * len(found["gradients"])
     assert found["masters"] == ([] if lora else [state])
     assert found["state"] == [state] and found["states"] == 2 * found["trained"]
-    if offload:  # gradients go to the CPU in bfloat16
+    if offload:  # gradients and weights go over the bus in bfloat16
         largest = EMBEDDING[facts["shape"]]
-        assert found["copies"] == {"cuda to cpu": 2 * largest, "cpu to cuda": 4 * largest}
+        assert found["copies"] == {"cuda to cpu": 2 * largest, "cpu to cuda": 2 * largest}
     else:
         assert max(found["copies"].values()) < LIMIT
 
@@ -87,6 +92,25 @@ def test_the_update_takes_all_its_steps(facts, loss):
     found = facts[loss]
     assert len(found["gradients"]) == 4
     assert found["old"] == found["reference"] == [60, 39]
+
+
+def test_the_plan_counts_the_bytes_that_are_alive(guard, tmp_path):
+    """Peaks above weights and caches: of training, in a pass that finds all gradients, and of a prefill of 32 x 512 tokens."""
+    running = {shape: start(guard, shape, "memory") for shape in MATRICES}
+    for shape, process in running.items():
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        found = json.loads(out.splitlines()[-1])
+        (tmp_path / "config.json").write_text(json.dumps(asdict(SHAPES[shape])))
+        c = plan.read_shape(tmp_path)
+        for lora in (0, 16):
+            config = GRPOConfig(plan=str(tmp_path), questions=16, trace_tokens=4096, lora=lora)
+            measured = found[f"train lora={lora} scored=1.0"]
+            assert measured["second"] == pytest.approx(plan.training_peak(c, config, 2), rel=0.1)
+            weights, trained = plan.count_weights(c, lora)
+            assert measured["gradients"] == trained * (4 if lora else 2) + 4  # and the sum of the loss
+            assert measured["weights"] == 2 * weights + (4 * trained if lora else 0)
+        assert found["prefill 32 x 512"]["peak"] == pytest.approx(plan.sampling_peak(c, config, 2), rel=0.02)
 
 
 @pytest.mark.parametrize("broken", ["stop", "pad"])
