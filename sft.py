@@ -88,14 +88,13 @@ def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
 
 def rehearse(model: Transformer, optimizer: torch.optim.Optimizer, longest: int, tokens: int
              ) -> None:
-    """Train on full batches at a learning rate of 0: memory runs out now or never. longest: tokens
-    of a trace.
-    """
+    """Train on full batches at a learning rate of 0: memory runs out now or never."""
     traces = [Trace(ids=[0] * longest, mask=[0] + [1] * (longest - 1))] * max(1, tokens // longest)
-    for _ in range(2):  # the second pass finds the gradients of the first
-        logprobs, _, _ = trace_logprobs(model, traces)
-        (0 * logprobs.sum()).backward()
-    optimizer_step(model, optimizer, lr=0.0, clip_norm=1.0)
+    for passes in (1, 2):  # the third pass finds moments and gradients in place
+        for _ in range(passes):
+            logprobs, _, _ = trace_logprobs(model, traces)
+            (0 * logprobs.sum()).backward()
+        optimizer_step(model, optimizer, lr=0.0, clip_norm=1.0)
     optimizer.state.clear()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run as run_file
@@ -132,6 +133,25 @@ def test_killed_and_resumed_is_as_if_never_killed(stage, whole, tmp_path):
     print("killed in", landed)
     assert all(landed[phase] >= n for phase, n in QUOTAS[stage][0].items())
     assert_same(out / stage, whole / stage)
+
+
+@pytest.mark.parametrize("stage, flags, files", [
+    ("grpo", "--lora 4 --lr 3e-3", 28), ("sft", "--precision bfloat16", 26)])
+def test_adapters_and_masters_survive_a_kill(stage, flags, files, whole, tmp_path):
+    """Killed in the middle of an update and of a checkpoint."""
+    first, second = [beginning(whole[0], tmp_path / name, stage) for name in ("whole", "killed")]
+    done = start(stage, first, *flags.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    for moment in ("update 9 0.001", "saving 11 0.001"):  # checkpoints are made after the steps 3, 5, 7 and 11
+        done = start(stage, second, *flags.split(), *["--resume"] * (second / stage).exists(), die=moment)
+        assert done.returncode == -signal.SIGKILL and phases(second)[-1][:2] == (moment.split()[0], int(moment.split()[1])), done.stderr[-2000:]
+    done = start(stage, second, *flags.split(), "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same(first / stage, second / stage)
+    last = max((first / stage / "checkpoints").glob("0*"))
+    kept = load_file(last / "model.safetensors")
+    assert len(kept) == files and {name.endswith((".A", ".B")) for name in kept} == {"lora" in flags}
+    assert any(name.endswith(".master") for name in load_file(last / "optimizer.safetensors")) == ("bfloat16" in flags)
 
 
 def test_the_toy_is_no_trivial_run(whole):
