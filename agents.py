@@ -259,7 +259,7 @@ class AutoAgent:
         opened = self.sampler.open([[0] * (self.trace_tokens - width)], rows)
         for conversation in opened:
             self.sampler.append(conversation, [0] * width)
-        self.sampler.sample(opened, [1] * rows, np.zeros((rows, 1)))
+        self.sampler.sample(opened, [1] * rows, np.zeros((rows, 1), np.float32))
 
     def act(self, traces: list[Trace]) -> None:
         """Generate the next turn of each trace."""

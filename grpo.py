@@ -90,8 +90,7 @@ class GRPOConfig(StageConfig):
     group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "how often each rollout is trained on")
     minibatches: int = option(1, "optimizer steps per epoch")
-    lr: float = option(3e-4, "learning rate, falls linearly to 0; with --lora use ten times as "
-                      "much", real=1e-6)
+    lr: float = option(3e-4, "learning rate, falls linearly to 0", real=1e-6, lora=1e-5)
     loss: str = option("dr_grpo", "whose loss, see above", choices=tuple(LOSSES))
     beta: float = option(0.0, "weight of the KL to stage 1's model; 0: not computed", least=0)
     w_answer: float = option(0.7, "weight of a correct answer in the reward")
@@ -442,8 +441,9 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     # With beta1 0.9, old gradients dominate, and the policy overshoots.
     optimizer = make_optimizer(model, config.lr, 0.0, momentum=0.5, offload=config.offload)
     if config.is_real():
-        agent.rehearse()
         rehearse(model, optimizer, config.trace_tokens, config.micro_tokens)
+        agent.rehearse()
+    simulator.make_tools([*held_out, *chain(*plan)])
     steps = run.steps(len(plan), model, simulator.tokenizer, optimizer,
                       more=lambda: {"memo": list(actor.memo.items())})  # kept in checkpoints
     bar = tqdm(steps, desc="grpo", unit="step", mininterval=1, total=len(plan),
@@ -512,9 +512,8 @@ def train_grpo(config: GRPOConfig) -> None:
         model = adapted(simulator.model, config.lora, config.seed)
     else:
         model, _ = load(start, pick_device(), weights_type())
-    model.save_memory = config.is_real()
+    model.save_memory = simulator.model.save_memory = config.is_real()
     with world.sealed():  # any look-up of a fact raises
-        simulator.make_tools([*held_out, *chain(*plan)])
         loop(simulator, model, plan, held_out, run)
     run.save(model, simulator.tokenizer)
 

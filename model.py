@@ -365,8 +365,8 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy row source[i] to row target[i]. move([a, b], [b, a]) swaps the rows a and b."""
-        for part in (self.k, self.v):
-            part[:, target, :, :self.longest] = part[:, source, :, :self.longest]
+        for layer in (*self.k, *self.v):  # one by one: a copy takes memory
+            layer[target, :, :self.longest] = layer[source, :, :self.longest]
         self.length[target] = self.length[source]
 
 
@@ -655,7 +655,7 @@ def make_optimizer(model: Transformer, lr: float, weight_decay: float, momentum:
     groups = [{"params": [p for p in trained if p.dim() == 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() != 2], "weight_decay": 0.0}]
     options = {"lr": lr, "betas": (momentum, 0.95), "fused": True}
-    if all(p.dtype == upcast(p).dtype for p in trained):
+    if all(p.dtype != torch.bfloat16 for p in trained):
         return torch.optim.AdamW(groups, **options)
     return Masters(groups, "cpu" if offload else None, **options)
 

@@ -23,7 +23,7 @@ from data import InputError, chat
 from data.options import StageConfig, command_line, option, run_main
 from data.prompts import SHORT, Prompts
 from data.tokenizer import Tokenizer, train_tokenizer
-from data.training import ROLES, micro_batches, read_traces, spans_of_ones, texts_of
+from data.training import ROLES, micro_batches, read_traces, schedule, spans_of_ones, texts_of
 from data.world import make_world, teach
 from model import (
     ModelConfig,
@@ -62,7 +62,7 @@ class SFTConfig(StageConfig):
                         "AutoAgent's into pieces of four times as many", least=2)
     piece_steps: int = option(150, "after each so many steps, pieces get four times as long, until "
                               "they are whole conversations")
-    lr: float = option(1.5e-3, "peak learning rate; with --lora use ten times as much", real=1e-5)
+    lr: float = option(1.5e-3, "peak learning rate", real=1e-5, lora=1e-4)
     warmup: int = option(100, "steps of warm-up; then a cosine falls to 5 %", least=0, real=20)
     weight_decay: float = option(0.01, "AdamW's weight decay, for matrices only", least=0)
     continued_steps: int = option(560, "steps of mtr.py's control: more SFT in place of GRPO")
@@ -78,24 +78,19 @@ class SFTConfig(StageConfig):
 # ------------------------------------------------------------------------- shared by both stages
 
 
-def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to the floor."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def rehearse(model: Transformer, optimizer: torch.optim.Optimizer, longest: int, tokens: int
              ) -> None:
     """Train on full batches at a learning rate of 0: memory runs out now or never."""
-    traces = [Trace(ids=[0] * longest, mask=[0] + [1] * (longest - 1))] * max(1, tokens // longest)
+    rows = math.ceil(tokens / longest)
+    length = max(tokens, longest) // rows
+    traces = [Trace(ids=[0] * length, mask=[0] + [1] * (length - 1))] * rows
     for passes in (1, 2):  # the third pass finds moments and gradients in place
         for _ in range(passes):
             logprobs, _, _ = trace_logprobs(model, traces)
             (0 * logprobs.sum()).backward()
         optimizer_step(model, optimizer, lr=0.0, clip_norm=1.0)
-    optimizer.state.clear()
+    for moment in chain(*[moments.values() for moments in optimizer.state.values()]):
+        moment.zero_()
 
 
 # ------------------------------------------------------------------------ conversations to traces
@@ -392,6 +387,7 @@ def main() -> None:
     config = command_line(SFTConfig, __doc__)
     train_sft(config)
     more = " --data FILE" if config.model else ""
+    more += f" --lora {config.lora}" if config.lora else ""
     print(f"stage 1 is done; next: python grpo.py --out {config.out}{more}")
 
 

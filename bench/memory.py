@@ -1,7 +1,7 @@
 """The memory of one step of both stages, beside the plan of grpo.py --plan.
 
     python bench/memory.py --shape 0.5b                              on a GPU, or
-    python bench/memory.py --shape 0.5b --device cpu --precision bfloat16 --questions 2 --group 4
+    python bench/memory.py --shape 0.5b --device cpu --precision bfloat16 --questions 2 --group 4 \\
         --sim-rows 8 --trace-tokens 1024 --micro-tokens 1024 --turn-tokens 16 --max-turns 2
 
 All options but --shape are grpo.py's. It writes a folder with random bfloat16 weights in the shape of a Qwen2.5 model,

@@ -14,8 +14,8 @@ from data import InputError, printable
 
 def option(default, meaning: str, **more):
     """A config field. `meaning` is its --help text. more: `least`, the lowest value of a number,
-    `choices`, `real`, its default for a real checkpoint, `unset`, what no value means, and `bare`,
-    the value of a flag that is given without one.
+    `choices`; `real` and `lora`, the defaults for a checkpoint and for its adapters; `unset`, what
+    no value means; `bare`, the value of a flag that is given without one.
     """
     return field(default=default, metadata={"help": meaning, **more})
 
@@ -43,15 +43,17 @@ class Config:
     threads: int = option(0, "CPU threads; 0: torch's choice", least=0)
     device: str = option("auto", "auto: the CPU for the miniature; for a checkpoint the GPU, if "
                          "there is one", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "auto: where the device computes in bfloat16, a GPU has all "
-                            "weights in it, with float32 copies for the optimizer, and a CPU "
-                            "trains in it; else float32",
+    precision: str = option("auto", "auto: bfloat16 weights on a GPU that computes in bfloat16; "
+                            "bfloat16 autocast in training on such a CPU; else float32",
                             choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
         for f in fields(self):
             if getattr(self, f.name) is None and "real" in f.metadata:  # not on the command line
-                setattr(self, f.name, f.metadata["real"] if self.is_real() else f.default)
+                value = f.metadata["real"] if self.is_real() else f.default
+                if self.is_real() and getattr(self, "lora", 0):
+                    value = f.metadata.get("lora", value)
+                setattr(self, f.name, value)
         validate(self)
 
     def is_real(self) -> bool:
@@ -65,7 +67,8 @@ class StageConfig(Config):
     clip_norm: float = option(1.0, "maximum norm of the gradient")
     micro_tokens: int = option(4096, "tokens of one training pass, with padding; less saves memory")
     lora: int = option(0, "rank of adapters, trained in place of a checkpoint's weights", least=0)
-    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory")
+    offload: bool = option(False, "keep the optimizer's float32 weights and moments in CPU memory; "
+                           "it changes nothing with --lora")
     resume: bool = option(False, "continue from the newest checkpoint, if there is one")
 
 
@@ -91,6 +94,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
         default = f.metadata.get("unset", "none") if f.default in (None, "", ()) else f.default
         if "real" in f.metadata:
             default = f"{default}; of a checkpoint {f.metadata['real']}"
+            if "lora" in f.metadata:
+                default += f", with --lora {f.metadata['lora']}"
         text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
         if f.metadata.get("positional"):
             parser.add_argument(f.name, help=f.metadata["help"])

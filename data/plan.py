@@ -17,11 +17,10 @@ CARDS = (24, 80, 141)  # GB of memory: for example RTX 4090, H100, H200
 OTHER = 1.5 * GB       # a guess: CUDA itself, and gaps between tensors
 PREFILL = 16_384       # tokens of one pass of Sampler._prefill
 CHUNK = 512            # scored tokens whose logits exist at once in token_logprobs
-# What the last table tries.
+# The options of each row in the last table.
 VARIANTS = ({}, {"offload": True}, {"questions": 4, "sim_rows": 16},
             {"offload": True, "questions": 4, "sim_rows": 16}, {"lora": 16},
             {"lora": 16, "questions": 4, "sim_rows": 16})
-
 
 KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
@@ -69,7 +68,7 @@ def sampling_peak(c, config, size: int) -> float:
     wide = 3 * c.intermediate_size + 3 * c.hidden_size  # numbers per token inside an MLP
     groups = c.num_attention_heads // c.num_key_value_heads
     prefill = tokens * (wide + groups * config.trace_tokens) * size  # with the attention mask
-    decode = rows * c.vocab_size * 4 * 4  # as in training_peak
+    decode = 4 * rows * c.vocab_size * 4  # four copies of the logits in float32
     return max(prefill, decode)
 
 
@@ -81,10 +80,12 @@ def training_peak(c, config, size: int) -> float:
     D = c.hidden_size
     tokens = max(config.micro_tokens, config.trace_tokens)
     kept = c.num_hidden_layers * tokens * D * size
-    block = tokens * (13 * D + 7 * c.intermediate_size) * size  # one block and its gradients
+    # Tensors of a block that its backward pass needs, and their gradients: in the width of the
+    # stream and in that of the MLP.
+    block = tokens * (13 * D + 7 * c.intermediate_size) * size
     scores = CHUNK * c.vocab_size * 4  # float32
-    head = 4 * scores  # logits, log-probabilities, exp and a product
-    if not config.lora:  # one less, and the head's gradient and the sum of it
+    head = 4 * scores  # logits, log-probabilities, their exp and a product
+    if not config.lora:  # backward: three of scores, and two gradients of the head's matrix
         head = 3 * scores + 2 * c.vocab_size * D * size
     return kept + max(block, head)
 
@@ -126,25 +127,31 @@ def show_plan(config, card: float = 0.0) -> None:
         raise InputError(f"plan: {stage1} holds no trained checkpoint; name one, --plan FOLDER")
     c = read_shape(Path(config.plan) if names_folder(config.plan) else stage1 / "model")
     weights, trained = count_weights(c, config.lora)
-    print(f"{weights / 1e6:,.0f} million weights, {trained / 1e6:,.0f} million numbers trained\n"
-          "GPU memory in GB (10^9 bytes), counted from config.json:\n")
+    kind = "float32" if config.precision == "float32" else "bfloat16"
+    print(f"{weights / 1e6:,.0f} million weights in {kind}, {trained / 1e6:,.0f} million parameters"
+          " trained\nGPU memory in GB (10^9 bytes), counted from config.json:\n")
     found = count_bytes(c, config)
     for name, (text, lower) in PARTS.items():
         print(f"{text:30}{found[name] / GB:7.1f}  {lower}".rstrip())
     cards = [card / GB] if card else CARDS
-    titles = {"with": "with", "stage 2": "grpo.py", "stage 1": "sft.py"}
+    titles = {"options": "options", "stage 2": "grpo.py", "stage 1": "sft.py"}
     rows = []
+    totals: list[float] = []
     for variant in VARIANTS:
-        found = count_bytes(c, replace(config, **variant))
-        row = {"with": flags_of(variant) or "these options"}
-        row |= {stage: f"{found[stage] / GB:.1f}" for stage in ("stage 2", "stage 1")}
+        changed = count_bytes(c, replace(config, **variant))
+        if changed["stage 2"] > found["stage 2"] or changed["stage 2"] in totals:
+            continue  # it saves nothing, or no more than an earlier row
+        totals.append(changed["stage 2"])
+        row = {"options": f"and {flags_of(variant)}" if variant else "as given"}
+        row |= {stage: f"{changed[stage] / GB:.1f}" for stage in ("stage 2", "stage 1")}
         for size in cards:
             titles[str(size)] = f"{size:.0f} GB"
-            row[str(size)] = "fits" if found["stage 2"] < size * GB else "no"
+            row[str(size)] = "fits" if changed["stage 2"] < size * GB else "no"
         rows.append(row)
     print()
     print_table(rows, titles)
-    print(f"\n--offload takes {count_weights(c, 0)[0] * 12 / GB:.1f} GB of the computer's memory")
+    if not config.lora and config.precision != "float32":
+        print(f"\n--offload takes {weights * 12 / GB:.1f} GB of the computer's memory")
 
 
 def flags_of(options: dict) -> str:

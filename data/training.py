@@ -1,5 +1,6 @@
 """The training data: which traces stage 0 keeps, reading them, the questions of each rollout."""
 import json
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -152,6 +153,14 @@ def texts_of(records: dict[str, list[dict]], split: Callable[[dict], tuple]) -> 
             for generated, received in turns:
                 texts += ["".join(generated), "".join(received)]
     return texts
+
+
+def schedule(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to the floor."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def micro_batches(traces: list, tokens: int) -> list[list]:

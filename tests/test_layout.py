@@ -16,9 +16,9 @@ LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 360, "grpo.py": 540, "s
          "data/user_schema.py": 100, "data/read.py": 170, "data/formats.py": 160,
          "data/write.py": 50, "data/rows.py": 70, "data/score.py": 80, "data/results.py": 85,
          "data/words.py": 150, "data/evidence.py": 240, "data/support.py": 80,
-         "data/world.py": 465, "data/options.py": 140, "data/plan.py": 160, "data/checkpoint.py": 85,
+         "data/world.py": 465, "data/options.py": 145, "data/plan.py": 170, "data/checkpoint.py": 85,
          "data/tokenizer.py": 115, "data/turns.py": 165, "data/chat.py": 75,
-         "data/prompts.py": 100, "data/training.py": 255, "data/conversations.py": 90,
+         "data/prompts.py": 100, "data/training.py": 265, "data/conversations.py": 90,
          "data/messages.py": 140, "data/own.py": 130, "data/tables.py": 80, "data/page.py": 90,
          "data/show.py": 140, "data/compare.py": 110, "data/folders.py": 125,
          "data/__init__.py": 60}

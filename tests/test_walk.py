@@ -44,7 +44,7 @@ def stage(folder):
 # Each command of the page: flags that make it short, files that it writes, texts that it prints.
 STEPS = {
     "hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir qwen": ("", ["qwen/config.json"], []),
-    "python grpo.py --plan qwen": ("", [], ["weights of the policy", "grpo.py in all", "--lora 16 --questions 4"]),
+    "python grpo.py --plan qwen": ("", [], ["weights of the policy", "grpo.py in all", "and --offload"]),
     'python mtr.py ask --model qwen "Which river is longer, the Elbe or the Oder?"': (
         ANSWER, [], ["ToolMaker: ", "AutoAgent and ToolActor:"]),
     f"{EVAL} --model qwen --data test.jsonl --out RUN --name before": (
@@ -67,9 +67,9 @@ STEPS = {
     "python mtr.py show --out RUN": ("", ["RUN/report.html", "RUN/curves.png"], ["no table: results.json is missing"]),
     "python mtr.py show --out RUN --step 0": ("", [], ["step 0, training: 4 traces", "right: "]),
     "python mtr.py show --out RUN --trace 1": ("", [], ["that the agent generated (mask 1) are between [[ and ]]"]),
-    "python sft.py --model qwen --traces traces.jsonl --out LORA --lora 16 --lr 1e-4": (
+    "python sft.py --model qwen --traces traces.jsonl --out LORA --lora 16": (
         SFT, stage("LORA/sft"), ["stage 1 is done"]),
-    "python grpo.py --out LORA --data train.jsonl --lora 16 --lr 1e-5": (
+    "python grpo.py --out LORA --data train.jsonl --lora 16": (
         GRPO, stage("LORA/grpo"), ["stage 2 is done: LORA/grpo"])}
 
 
