@@ -49,7 +49,7 @@ def start(stage, out, *flags, die="none 0 0"):
 
 def phases(out):
     """The phases of a run: (phase, step, begin, end). The phase in which it died has no end."""
-    lines = [line.split() for line in (out / "phases").read_text().splitlines()]
+    lines = [line.split() for line in (out / "phases").read_text().splitlines() if line]
     return [(p[0], int(p[1]), float(p[2]), float(p[3]) if len(p) == 4 else None) for p in lines]
 
 

@@ -24,6 +24,7 @@ from data.options import run_main
 STAGE, OUT = sys.argv[1], Path(sys.argv[2])
 DIE = os.environ.get("DIE", "none 0 0").split()
 PHASES = os.open(OUT / "phases", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+os.write(PHASES, b"\n")  # a run that died has left a line without an end
 now = {"step": -1, "phase": None}
 
 
