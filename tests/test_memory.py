@@ -356,7 +356,8 @@ def test_a_trace_that_is_longer_than_a_batch_is_rehearsed_too(tiny):
     real = Transformer.forward
     model.forward = lambda ids: shapes.append(tuple(ids.shape)) or real(model, ids)
     rehearse(model, make_optimizer(model, 1e-2, 0.1), 96, 64)
-    assert shapes == [(1, 96)] * 3
+    rehearse(model, make_optimizer(model, 1e-2, 0.1), 96, 100)  # two traces of 50 tokens, padded
+    assert shapes == [(1, 96)] * 3 + [(2, 64)] * 3
 
 
 class Reached(Exception):
