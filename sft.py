@@ -80,7 +80,10 @@ class SFTConfig(StageConfig):
 
 def rehearse(model: Transformer, optimizer: torch.optim.Optimizer, longest: int, tokens: int
              ) -> None:
-    """Train on full batches at a learning rate of 0: memory runs out now or never."""
+    """Train on full batches at a learning rate of 0: memory runs out now or never.
+
+    longest: tokens of the longest trace; tokens: of a micro-batch.
+    """
     rows = math.ceil(tokens / longest)
     length = max(tokens, longest) // rows
     traces = [Trace(ids=[0] * length, mask=[0] + [1] * (length - 1))] * rows

@@ -75,10 +75,10 @@ def timed_load(side: str, folder: str, dtype: str) -> tuple[float, float]:
     return seconds
 
 
-def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory that a process holds now. 0 after it has ended."""
+def memory_of(pid: int, kind: str) -> int:
+    """Bytes of memory of one kind that a process holds now: RssAnon (anonymous) or VmRSS (all). 0 after it has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), 0)
 
 
 def measure(side: str, folder: str, dtype: str) -> tuple[float, ...]:
@@ -88,11 +88,11 @@ def measure(side: str, folder: str, dtype: str) -> tuple[float, ...]:
                                stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == "imported\n", (
         f"{side} can't be loaded; see tests/requirements-peers.txt")
-    before = peak = anonymous(process.pid)
+    before = peak = memory_of(process.pid, "RssAnon")
     process.stdin.write("go\n")
     process.stdin.flush()
     while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
+        peak = max(peak, memory_of(process.pid, "RssAnon"))
         time.sleep(0.005)
     return *map(float, process.stdout.read().split()), peak / 1e9, (peak - before) / 1e9
 

@@ -24,24 +24,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from load import make_tokenizer
+from load import make_tokenizer, memory_of
 from rollout import SHAPES
 
 import grpo
 import run as run_file
 import sft
 from data.options import run_main
-from data.plan import OTHER, count_bytes, read_shape
+from data.plan import OTHER, count_bytes, flags_of, read_shape
 from model import Tokenizer, Transformer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("device", "precision", "micro_tokens", "lora", "offload")  # options of both stages
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process that are in memory now. 0 after it has ended."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def write_files(folder: Path, shape: str) -> None:
@@ -90,25 +84,16 @@ def measure(stage: str, flags: list[str], marker: Path) -> dict:
     process = subprocess.Popen([sys.executable, __file__, "child", stage, marker, *flags], text=True, cwd=ROOT, env=environment,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "imported\n"
-    before = peak = resident(process.pid)
+    before = peak = memory_of(process.pid, "VmRSS")
     process.stdin.write("go\n")
     process.stdin.flush()
     while process.poll() is None:
         if not marker.exists():
-            peak = max(peak, resident(process.pid))
+            peak = max(peak, memory_of(process.pid, "VmRSS"))
         time.sleep(0.005)
     if process.returncode:
         return {"failed": process.returncode}
     return {"peak": (peak - before) / 1e9} | json.loads(process.stdout.read().splitlines()[-1])
-
-
-def as_flags(options: dict) -> list[str]:
-    """Options as words of a command line."""
-    words = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [] if value is False else [flag, str(value)]
-    return words
 
 
 def main() -> None:
@@ -122,7 +107,7 @@ def main() -> None:
         sys.argv = ["grpo.py", *rest, "--plan", str(folder / "qwen")]
         config = grpo.command_line(grpo.GRPOConfig, "")
         plan = count_bytes(read_shape(folder / "qwen"), config)
-        shared = as_flags({key: getattr(config, key) for key in SHARED})
+        shared = flags_of({key: getattr(config, key) for key in SHARED if getattr(config, key)}).split()
         out = ["--out", str(folder / "run"), "--steps", "1"]
         for role in sft.ROLES:  # one batch each: more would take longer, and no more memory
             shared += [f"--{role}-tokens", str(config.micro_tokens)]

@@ -5,7 +5,7 @@ import json
 import random
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ import grpo
 import model as model_file
 import sft
 from agents import AutoAgent, Trace, run_episodes
+from bench import rollout
 from data import options, plan
 from data.options import command_line
 from grpo import GRPOConfig
@@ -416,15 +417,13 @@ def test_an_agents_rehearsal_fills_the_caches_and_is_forgotten(prefill, tiny, to
 
 # ----------------------------------------------------------------------------------------------- plan
 
-SHAPES = {"0.5b": (151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True), "1.5b": (151936, 1536, 8960, 28, 12, 2, 32768, 1e-6, 1e6, True),
-          "3b": (151936, 2048, 11008, 36, 16, 2, 32768, 1e-6, 1e6, True), "7b": (152064, 3584, 18944, 28, 28, 4, 32768, 1e-6, 1e6, False)}
+SHAPES = {size: rollout.SHAPES[size] for size in ("0.5b", "1.5b", "3b", "7b")}
 
 
 def shape_folder(folder, size):
     """A folder with the config.json of this size of Qwen2.5, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = dict(zip(ModelConfig.__dataclass_fields__, SHAPES[size], strict=True))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(asdict(SHAPES[size])))
     return folder
 
 
@@ -432,7 +431,7 @@ def shape_folder(folder, size):
 @pytest.mark.parametrize("lora", [0, 16])
 def test_the_plan_counts_the_weights_of_the_model(size, lora, tmp_path):
     with torch.device("meta"):
-        model = Transformer(ModelConfig(*SHAPES[size]))
+        model = Transformer(SHAPES[size])
         weights = sum(p.numel() for p in model.parameters())
         model = adapted(model, lora, 0) if lora else model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
