@@ -63,16 +63,15 @@ from sft import rehearse, trace_logprobs
 class Loss:
     """Settings that differ between the papers, besides token_weights and the ratio in policy_loss.
     """
-    scale_std: bool      # divide advantages by the group's standard deviation
-    clip_low: float      # eps_low
-    clip_high: float     # eps_high
-    mask_overlong: bool  # leave truncated traces out of J and w, but not of their group's mean
+    scale_std: bool   # divide advantages by the group's standard deviation
+    clip_low: float   # eps_low
+    clip_high: float  # eps_high
 
 
-LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2, mask_overlong=False),
-          "dapo": Loss(scale_std=True, clip_low=0.2, clip_high=0.28, mask_overlong=False),
-          "dr_grpo": Loss(scale_std=False, clip_low=0.2, clip_high=0.2, mask_overlong=False),
-          "gspo": Loss(scale_std=True, clip_low=3e-4, clip_high=4e-4, mask_overlong=False)}
+LOSSES = {"grpo": Loss(scale_std=True, clip_low=0.2, clip_high=0.2),
+          "dapo": Loss(scale_std=True, clip_low=0.2, clip_high=0.28),
+          "dr_grpo": Loss(scale_std=False, clip_low=0.2, clip_high=0.2),
+          "gspo": Loss(scale_std=True, clip_low=3e-4, clip_high=4e-4)}
 
 
 @dataclass
@@ -359,10 +358,7 @@ def store_logprobs(model: Transformer, traces: list[Trace], name: str, config: G
 def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer,
            traces: list[Trace], config: GRPOConfig, lr: float) -> dict[str, float]:
     """The optimizer steps of one rollout -> what to log; most are means per sampled token."""
-    overlong = LOSSES[config.loss].mask_overlong
-    # counted: traces that count in the weights; learned: those of them that have a gradient.
-    counted = [t for t in traces if not (overlong and t.status == "truncated")]
-    learned = [t for t in counted if t.advantage != 0 or config.beta > 0]
+    learned = [t for t in traces if t.advantage != 0 or config.beta > 0]  # they have a gradient
     if config.epochs * config.minibatches > 1:
         store_logprobs(model, learned, "old", config)
     if config.beta > 0:
@@ -372,7 +368,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
     norms = []
     shuffle = random.Random(f"{config.seed} {lr}")  # each step has its own lr
     for _ in range(config.epochs):
-        order = shuffle.sample(counted, len(counted)) if config.minibatches > 1 else counted
+        order = shuffle.sample(traces, len(traces)) if config.minibatches > 1 else traces
         for indices in np.array_split(np.arange(len(order)), config.minibatches):
             minibatch = [order[i] for i in indices]
             set_weights(minibatch, config)

@@ -65,7 +65,7 @@ class SFTConfig(StageConfig):
     lr: float = option(1.5e-3, "peak learning rate", real=1e-5, lora=1e-4)
     warmup: int = option(100, "steps of warm-up; then a cosine falls to 5 %", least=0, real=20)
     weight_decay: float = option(0.01, "AdamW's weight decay, for matrices only", least=0)
-    continued_steps: int = option(560, "steps of mtr.py's control: more SFT in place of GRPO")
+    continued_steps: int = option(1500, "steps of mtr.py's control: more SFT, for GRPO's time")
     eval_every: int = option(300, "steps between two evaluations of the held-out loss", real=50)
     save_every: int = option(150, "steps between two checkpoints", real=50)
 

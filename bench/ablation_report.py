@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 
-from figures import COLORS, LEFT, WIDTH, Picture, key, panel
+from picture import COLORS, LEFT, WIDTH, Picture, key, panel
 
 ROOT = Path(__file__).resolve().parents[1]
 # Student's t for a 95 % interval, by the number of seeds less one.
@@ -207,7 +207,7 @@ def draw_curves(picture: Picture, title: str, column: str, curves: dict, shown: 
             key(picture, x, color, text)
             x += 70 + 10.5 * len(text)
             series.append((points, color))
-    steps = max([point[0] for points, _ in series for point in points], default=1)
+    steps = max([1, *[step for points, _ in series for step, _ in points]])
     panel(picture, height, steps, ticks, series)
     picture.text(WIDTH / 2, picture.y + 20, "rollouts of GRPO", text_anchor="middle")
     picture.y += 62

@@ -3,11 +3,13 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import picture
 import pytest
 from tokenizers import Tokenizer
 
@@ -20,6 +22,7 @@ from data.world import make_world
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = DOCS / "figures.py"
+sys.path.insert(0, str(DOCS))
 spec = importlib.util.spec_from_file_location("figures", PROGRAM)
 figures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(figures)
@@ -133,7 +136,7 @@ def test_the_group_is_the_first_with_different_rewards():
 @pytest.mark.parametrize("last, ticks", [(1, [0, 1]), (2, [0, 1, 2]), (20, [0, 4, 8, 12, 16, 20]), (24, [0, 4, 8, 12, 16, 20, 24]),
                                          (48, [0, 10, 20, 30, 40]), (300, [0, 50, 100, 150, 200, 250, 300])])
 def test_ticks_are_whole_numbers(last, ticks):
-    assert figures.whole_ticks(last) == ticks
+    assert picture.whole_ticks(last) == ticks
 
 
 # ------------------------------------------------------------------------------ the committed files
@@ -169,10 +172,10 @@ def test_check_finds_a_changed_byte_a_missing_file_and_a_file_too_many(tmp_path)
 def test_the_command_copies_draws_and_checks(tmp_path, bpe):
     """A run folder made from the committed files gives the committed files and figures again."""
     run, docs = tmp_path / "run", tmp_path / "docs"
-    for folder in (run / "grpo", run / "sft" / "model", docs):
+    for folder in (run / "grpo", run / "sft" / "model"):
         folder.mkdir(parents=True)
+    shutil.copytree(DOCS, docs, ignore=shutil.ignore_patterns("run", "figures"))
     program = docs / "figures.py"
-    program.write_bytes(PROGRAM.read_bytes())
     result = run_program("--from", run, program=program)
     assert result.returncode == 2 and result.stderr.endswith(f"--from: no run in {run}\n")
     committed = DOCS / "run"

@@ -47,7 +47,7 @@ def single_precision(double_precision, monkeypatch):
 def settings(monkeypatch):
     """All four losses get the same settings, so they differ in weight and ratio only. A test may call it again."""
     def use(**more):
-        own = {"scale_std": True, "clip_low": 0.2, "clip_high": 0.28, "mask_overlong": False, **more}
+        own = {"scale_std": True, "clip_low": 0.2, "clip_high": 0.28, **more}
         monkeypatch.setattr(grpo, "LOSSES", dict.fromkeys(LOSSES, Loss(**own)))
 
     use()
@@ -657,17 +657,10 @@ def test_flat_groups_count_in_the_normaliser(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_truncated_traces_leave_loss_and_normaliser(loss, settings):
-    """With mask_overlong: as if the truncated traces weren't there. Without: they count like all others."""
+def test_truncated_traces_count_like_all_others(loss):
     model, traces = tiny_model(), made_traces()
     for i in (1, 4):
         traces[i].status = "truncated"
-    rest = [i for i in range(8) if i not in (1, 4)]
-    settings(mask_overlong=True)
-    got, _ = gradient_of_update(model, traces, ADVANTAGE, config(loss))
-    want = gradient_row_by_row(model, [traces[i] for i in rest], [ADVANTAGE[i] for i in rest], loss, 10)
-    assert torch.allclose(got, want, rtol=1e-5, atol=1e-12)
-    settings(mask_overlong=False)
     got, _ = gradient_of_update(model, traces, ADVANTAGE, config(loss))
     assert torch.allclose(got, gradient_row_by_row(model, traces, ADVANTAGE, loss, 10), rtol=1e-5, atol=1e-12)
 
@@ -681,17 +674,13 @@ def state(model, optimizer):
 
 @pytest.mark.parametrize("more", [
     {}, {"epochs": 2}, {"minibatches": 2}, {"loss": "dapo"}, {"loss": "dr_grpo"}], ids=str)
-@pytest.mark.parametrize("what", ["all truncated", "all truncated, beta", "all flat"])
-def test_a_step_with_nothing_to_learn_is_no_step(what, more, single_precision, settings):
+def test_a_step_with_nothing_to_learn_is_no_step(more, single_precision):
     model, reference = tiny_model(), tiny_model(1)
     optimizer = make_optimizer(model, 1e-3, weight_decay=0.1)
     learn(model, None, optimizer, made_traces(), ADVANTAGE, config(), 1e-3)  # now there is momentum
     before = state(model, optimizer)
     assert len(before) > 10
-    status, advantage = ("answered", [0.0] * 8) if what == "all flat" else ("truncated", ADVANTAGE)
-    settings(mask_overlong=True)
-    cfg = config(beta=0.1 if "beta" in what else 0.0, **more)
-    log = learn(model, reference, optimizer, made_traces(1, status), advantage, cfg, 1e-3)
+    log = learn(model, reference, optimizer, made_traces(1), [0.0] * 8, config(**more), 1e-3)
     assert log["updates"] == 0 and log["grad_norm"] == 0
     assert "gap_mean" not in log and "gap_max" not in log, "no trace was scored, so there is no gap"
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizer), strict=True))
@@ -975,19 +964,18 @@ def test_an_unknown_loss_is_refused(monkeypatch):
         command_line(GRPOConfig, "")
 
 
-# The papers' settings, but for DAPO's overlong filter.
-PAPER_SETTINGS = [("grpo", True, 0.2, 0.2, False), ("dapo", True, 0.2, 0.28, False),
-                  ("dr_grpo", False, 0.2, 0.2, False), ("gspo", True, 3e-4, 4e-4, False)]
+PAPER_SETTINGS = [("grpo", True, 0.2, 0.2), ("dapo", True, 0.2, 0.28), ("dr_grpo", False, 0.2, 0.2),
+                  ("gspo", True, 3e-4, 4e-4)]
 
 
-@pytest.mark.parametrize("loss, scale_std, low, high, overlong", PAPER_SETTINGS)
-def test_each_loss_has_its_papers_settings(loss, scale_std, low, high, overlong):
+@pytest.mark.parametrize("loss, scale_std, low, high", PAPER_SETTINGS)
+def test_each_loss_has_its_papers_settings(loss, scale_std, low, high):
     assert set(PAPERS) == set(LOSSES)
-    assert PAPERS[loss] == Loss(scale_std=scale_std, clip_low=low, clip_high=high, mask_overlong=overlong)
+    assert PAPERS[loss] == Loss(scale_std=scale_std, clip_low=low, clip_high=high)
 
 
-@pytest.mark.parametrize("loss, scale_std, low, high, overlong", PAPER_SETTINGS)
-def test_the_loss_alone_chooses_the_settings(loss, scale_std, low, high, overlong, monkeypatch):
+@pytest.mark.parametrize("loss, scale_std, low, high", PAPER_SETTINGS)
+def test_the_loss_alone_chooses_the_settings(loss, scale_std, low, high, monkeypatch):
     """Each setting takes effect where it is used, and none of them is an option."""
     monkeypatch.setattr(grpo, "LOSSES", PAPERS)
     assert not {f.name for f in fields(Loss)} & {f.name for f in fields(GRPOConfig)}
@@ -1000,10 +988,6 @@ def test_the_loss_alone_chooses_the_settings(loss, scale_std, low, high, overlon
     traces = made_traces()[:2]
     grpo.set_advantages(traces, [{"reward": 1.0}, {"reward": 0.0}], cfg)
     assert traces[0].advantage == pytest.approx(0.5 / (0.5 + 1e-4) if scale_std else 0.5, rel=1e-12)
-    traces[0].status = "truncated"
-    model = tiny_model()
-    update(model, None, descent(model), traces, cfg, 0.0)
-    assert [bool(t.old) for t in traces] == [not overlong, True]  # the traces that the trainer has read
 
 
 def test_the_summary_of_a_rollout_by_hand():

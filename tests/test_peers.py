@@ -26,7 +26,7 @@ def double_precision():
 @pytest.fixture(autouse=True)
 def same_bounds(monkeypatch):
     """The bounds that the stub has, for all four losses."""
-    settings = Loss(scale_std=True, clip_low=LOW, clip_high=HIGH, mask_overlong=False)
+    settings = Loss(scale_std=True, clip_low=LOW, clip_high=HIGH)
     monkeypatch.setattr(grpo, "LOSSES", dict.fromkeys(LOSSES, settings))
 
 
