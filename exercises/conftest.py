@@ -1,6 +1,6 @@
 """pytest exercises                 tests your own functions: red until they are solved
 pytest exercises --solutions     tests the solutions: all green"""
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
