@@ -161,6 +161,29 @@ def unmasked(model: Transformer, traces: list[Trace], temperature: float = 1.0) 
     return sft.trace_logprobs(model, seen, temperature)
 
 
+def wrong_groups(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> None:
+    """grpo.set_advantages, but the traces of a group are of different questions."""
+    values = torch.tensor([r["reward"] for r in rewards])
+    groups = torch.arange(len(traces)) % (len(traces) // config.group)
+    for trace, advantage in zip(traces, grpo.advantages(values, groups, False).tolist(), strict=True):
+        trace.advantage = advantage
+
+
+def at_temperature_1(model: Transformer, traces: list[Trace], temperature: float = 1.0) -> tuple:
+    """grpo.trace_logprobs, but the trainer doesn't know the temperature of the sampler."""
+    return sft.trace_logprobs(model, traces)
+
+
+def step_that_keeps_gradients(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float
+                              ) -> float:
+    """optimizer_step, but the gradient is not cleared: it holds those of all steps before."""
+    gradients = [(weight, weight.grad.clone()) for weight in model.parameters()]
+    norm = optimizer_step(model, optimizer, lr, clip_norm)
+    for weight, gradient in gradients:
+        weight.grad = gradient
+    return norm
+
+
 class BlankActor(ToolActor):
     """Every observation is an empty object."""
 
@@ -289,6 +312,23 @@ for share in (0.0, 0.3, 0.6, 0.9):
                                     train_sft, changes={(data.world, "STOPS_SHORT"): share}, against="sft")
     ROWS[f"grpo_stops_{name}"] = Row("flaw", "GRPO from it", 1, start=f"sft_stops_{name}")
 
+
+# Short runs for the course: a healthy one, and faults to know by their metrics.csv.
+SHORT = {"steps": 24}
+CONSISTENCY = {"w_answer": 0.0, "w_consistency": 1.0}
+ROWS |= {
+    "healthy": Row("sick", "nothing, 24 rollouts", 1, options=SHORT),
+    "sick_unmasked": Row("sick", "observations have mask 1", 1, options=SHORT, changes=ROWS["unmasked"].changes),
+    "sick_lr": Row("sick", "`--lr 3e-3`", 1, options=SHORT | {"lr": 3e-3}),
+    "sick_flat": Row("sick", "`--temperature 0.1`", 1, options=SHORT | {"temperature": 0.1}),
+    "sick_tool": Row("sick", "observations shuffled", 1, options=SHORT, changes=ROWS["tool_shuffled"].changes),
+    "sick_reward": Row("sick", "reward = consistency alone", 1, options=SHORT | CONSISTENCY),
+    "sick_groups": Row("sick", "groups of traces of different questions", 1, options=SHORT,
+                       changes={(grpo, "set_advantages"): wrong_groups}),
+    "sick_ratio": Row("sick", "sampler at temperature 0.7, trainer at 1", 1, options=SHORT | {"temperature": 0.7},
+                      changes={(grpo, "trace_logprobs"): at_temperature_1}),
+    "sick_gradient": Row("sick", "gradients are not cleared", 1, options=SHORT,
+                         changes={(grpo, "optimizer_step"): step_that_keeps_gradients})}
 
 # ------------------------------------------------------------------------------------------------- one run
 

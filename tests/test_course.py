@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "course"))
+
+import blocks
+
 ROOT = Path(__file__).resolve().parents[1]
 COURSE = ROOT / "docs" / "course"
 EXERCISES = ROOT / "exercises"
 CHAPTERS = sorted(COURSE.glob("[0-9]-*.md"))
 NAMES = sorted(path.stem for path in EXERCISES.glob("*.py") if not path.stem.startswith(("test_", "conftest")))
-
-sys.path.insert(0, str(COURSE))
-import blocks
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
