@@ -325,7 +325,7 @@ ROWS |= {
     "sick_reward": Row("sick", "reward = consistency alone", 1, options=SHORT | CONSISTENCY),
     "sick_groups": Row("sick", "groups of traces of different questions", 1, options=SHORT,
                        changes={(grpo, "set_advantages"): wrong_groups}),
-    "sick_ratio": Row("sick", "sampler at temperature 0.7, trainer at 1", 1, options=SHORT | {"temperature": 0.7},
+    "sick_ratio": Row("sick", "sampler at temperature 1.5, trainer at 1", 1, options=SHORT | {"temperature": 1.5},
                       changes={(grpo, "trace_logprobs"): at_temperature_1}),
     "sick_gradient": Row("sick", "gradients are not cleared", 1, options=SHORT,
                          changes={(grpo, "optimizer_step"): step_that_keeps_gradients})}
