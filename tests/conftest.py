@@ -15,8 +15,9 @@ from data.tokenizer import train_tokenizer
 from model import ModelConfig, Tokenizer, Transformer, save_model
 
 torch.set_num_threads(1)
-# A file that compares with a peer library is collected only if that library is installed (requirements-peers.txt).
-PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers"}
+# A file that needs more than ../requirements.txt is collected only if this package is installed (requirements-peers.txt,
+# requirements-dev.txt).
+PEERS = {"test_peers.py": "trl", "test_reference.py": "transformers", "test_notebooks.py": "nbclient"}
 collect_ignore = [file for file, peer in PEERS.items() if not importlib.util.find_spec(peer)]
 
 
