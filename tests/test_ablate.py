@@ -5,14 +5,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import ablate
+import ablation_report as report
 import pytest
 import torch
 from conftest import build_tiny
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import ablate
-import ablation_report as report
 
 import grpo
 import sft

@@ -4,11 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "course"))
-
 import blocks
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COURSE = ROOT / "docs" / "course"

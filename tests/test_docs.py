@@ -22,7 +22,6 @@ from data.world import make_world
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = DOCS / "figures.py"
-sys.path.insert(0, str(DOCS))
 spec = importlib.util.spec_from_file_location("figures", PROGRAM)
 figures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(figures)
@@ -223,7 +222,7 @@ def test_the_strip_shows_the_tokens_of_the_trace_in_order(bpe):
 # ---------------------------------------------------------------------------------------- the texts
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "bench" / "README.md"]
 
 
 def commands(text):
