@@ -13,7 +13,7 @@ STEPS = [
      "Gate 2: does the call fit?", "call_error",
      ["refused: unknown tool", "The observation says why.",
       "The trace goes on. AutoAgent", "may call again."]),
-    ("ToolActor writes an observation", '{"mayor": "Rinu"}', "right",
+    ("ToolActor writes an observation", '{"mayor": "Nisan"}', "right",
      "Gate 3: does it fit the schema?", "parse_observation",
      ['refused: {"mayor": 7}', "ToolActor writes it again.",
       "After three tries, AutoAgent", "reads that it got no result."])]
