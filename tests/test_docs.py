@@ -9,7 +9,6 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import picture
 import pytest
 from tokenizers import Tokenizer
 
@@ -20,9 +19,12 @@ from data import InputError, options, own
 from data.training import world_seed
 from data.world import make_world
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+
+import picture
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = DOCS / "figures.py"
-sys.path.insert(0, str(DOCS))
 spec = importlib.util.spec_from_file_location("figures", PROGRAM)
 figures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(figures)
