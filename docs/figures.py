@@ -15,6 +15,7 @@ import textwrap
 from itertools import chain, groupby
 from pathlib import Path
 
+from course import draw_gates, draw_roles
 from picture import ACROSS, CHAR, COLORS, LEFT, LINE, WIDTH, Picture, key, panel
 from tokenizers import Tokenizer
 
@@ -329,7 +330,8 @@ def draw_curve(picture: Picture, run: dict) -> str:
     return "Held-out EM and calls per trace during GRPO"
 
 
-FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask}
+FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask,
+           "roles": draw_roles.draw, "gates": draw_gates.draw}
 
 
 def draw(run: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import picture
 import pytest
 from tokenizers import Tokenizer
 
@@ -19,6 +18,10 @@ import sft
 from data import InputError, options, own
 from data.training import world_seed
 from data.world import make_world
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+
+import picture
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = DOCS / "figures.py"
