@@ -15,6 +15,8 @@ import textwrap
 from itertools import chain, groupby
 from pathlib import Path
 
+from course.draw_cache import draw as draw_cache
+from course.draw_ids import draw as draw_ids
 from picture import ACROSS, CHAR, COLORS, LEFT, LINE, WIDTH, Picture, key, panel
 from tokenizers import Tokenizer
 
@@ -329,7 +331,8 @@ def draw_curve(picture: Picture, run: dict) -> str:
     return "Held-out EM and calls per trace during GRPO"
 
 
-FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask}
+FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask,
+           "cache": draw_cache, "ids": draw_ids}
 
 
 def draw(run: Path) -> dict[str, str]:
