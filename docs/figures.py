@@ -15,6 +15,8 @@ import textwrap
 from itertools import chain, groupby
 from pathlib import Path
 
+from course.draw_credit import draw as draw_credit
+from course.draw_order import draw as draw_order
 from picture import ACROSS, CHAR, COLORS, LEFT, LINE, WIDTH, Picture, key, panel
 from tokenizers import Tokenizer
 
@@ -329,7 +331,8 @@ def draw_curve(picture: Picture, run: dict) -> str:
     return "Held-out EM and calls per trace during GRPO"
 
 
-FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask}
+FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask,
+           "credit": draw_credit, "order": draw_order}
 
 
 def draw(run: Path) -> dict[str, str]:

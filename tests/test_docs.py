@@ -223,7 +223,8 @@ def test_the_strip_shows_the_tokens_of_the_trace_in_order(bpe):
 # ---------------------------------------------------------------------------------------- the texts
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "docs" / "course").glob("*.md")), ROOT / "bench" / "README.md"]
 
 
 def commands(text):
