@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import ranks
 from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import Evidence, is_used
@@ -359,10 +360,11 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
            traces: list[Trace], config: GRPOConfig, lr: float) -> dict[str, float]:
     """The optimizer steps of one rollout -> what to log; most are means per sampled token."""
     learned = [t for t in traces if t.advantage != 0 or config.beta > 0]  # they have a gradient
+    own = ranks.share(learned)
     if config.epochs * config.minibatches > 1:
-        store_logprobs(model, learned, "old", config)
+        store_logprobs(model, own, "old", config)
     if config.beta > 0:
-        store_logprobs(reference, learned, "reference", config)
+        store_logprobs(reference, own, "reference", config)
 
     sums: dict[str, float] = defaultdict(float)
     norms = []
@@ -372,19 +374,21 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
         for indices in np.array_split(np.arange(len(order)), config.minibatches):
             minibatch = [order[i] for i in indices]
             set_weights(minibatch, config)
-            batch = [t for t in minibatch if t in learned]
+            batch = [t for t in minibatch if t in own]
             for part in micro_batches(batch, config.micro_tokens):
                 add_gradient(model, part, config, sums)
-            if batch:
+            if any(t in learned for t in minibatch):
+                ranks.sum_gradients(model)
                 norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
 
+    sums = ranks.add_up(sums)
     tokens = max(1.0, sums["tokens"])
     log = {name: sums[name] / tokens for name in ("kl", "clip_low", "clip_high", "entropy")}
     log |= {"loss": sums["loss"] / max(1, len(norms)), "updates": len(norms),
             "grad_norm": float(np.mean(norms)) if norms else 0.0}
     if learned:  # how much the log-probabilities of sampler and trainer differ
-        gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in learned]
-        gap = np.abs(np.concatenate(gaps))
+        gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in own]
+        gap = np.abs(np.concatenate(ranks.gather(gaps)))
         log |= {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
     return log
 
@@ -433,7 +437,8 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     """The loop of stage 2: roll out, reward, advantage, update, log, evaluate."""
     config = simulator.config
     actor = simulator.actor
-    agent = simulator.agent(model, config.questions * config.group, config.temperature)
+    rows = -(-config.questions // ranks.size()) * config.group
+    agent = simulator.agent(model, rows, config.temperature)
     # With beta1 0.9, old gradients dominate, and the policy overshoots.
     optimizer = make_optimizer(model, config.lr, 0.0, momentum=0.5, offload=config.offload)
     if config.is_real():
@@ -452,8 +457,9 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         start = time.perf_counter()
         asked = actor.asked
         remembered = actor.remembered
-        traces = simulator.traces(plan[step], config.group, step)
+        traces = simulator.traces(ranks.share(plan[step]), config.group, step)
         run_episodes(agent, actor.answer, traces, config.group)
+        traces = ranks.gather(traces, config.group)
         golds = [plan[step][i // config.group].golds for i in range(len(traces))]
         rewards = [reward(t, gold, config) for t, gold in zip(traces, golds, strict=True)]
         set_advantages(traces, rewards, config)
@@ -494,8 +500,9 @@ def train_grpo(config: GRPOConfig) -> None:
     """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
     # Broken question files are refused before anything is written.
     chosen = choose_questions(config, None) if config.data else None
-    start = stage1_model(config.out, config.sft, config.resume)
     set_up(config, checkpoint=config.is_real())
+    with ranks.in_turn():
+        start = stage1_model(config.out, config.sft, config.resume or ranks.rank() > 0)
     world = make_world(world_seed(config.out))
     plan, held_out = chosen or choose_questions(config, world)
     simulator = Simulator(start, config, bool(config.data), config.sim_rows, weights_type())

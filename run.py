@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ranks
 from agents import Trace
 from data import InputError, fingerprint, prompts, read_json
 from data.folders import UNFINISHED, gets_steps, is_finished, lock, whole_folder
@@ -59,6 +60,8 @@ def set_up(config: Config, checkpoint: bool = False) -> None:
     auto = best if checkpoint else "cpu"
     chosen["device"] = auto if config.device == "auto" else config.device
     chosen["precision"] = config.precision
+    if checkpoint:  # the miniature needs one process only
+        ranks.join(chosen["device"])
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new length
@@ -82,22 +85,28 @@ class Run:
 
     def __init__(self, folder: Path, config, columns: list[str], sources: tuple = ()):
         """sources: the model folder and the files that the stage reads."""
-        lock(folder.parent / "lock")
+        if ranks.rank() == 0:
+            lock(folder.parent / "lock")
         self.folder = folder
         self.columns = columns
         self.save_every = config.save_every
         self.state = {"step": 0, "logs": {}}
-        self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
-        self.finished = is_finished(folder)
         options = asdict(config) | {"sha256_of_model_and_data": fingerprint(*sources),
                                     "sha256_of_prompts": fingerprint(prompts.__file__)}
-        if not (self.checkpoint or self.finished):
-            self._begin(options)
-        elif config.resume:
-            self._resume(options)
-        else:
-            raise InputError(f"{folder}: holds a run; continue it with --resume, remove it, or "
-                             "choose another --out")
+        with ranks.in_turn():
+            self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
+            self.finished = is_finished(folder)
+            if ranks.rank() > 0:  # it reads where rank 0 goes on, and writes nothing
+                if self.checkpoint and not self.finished:
+                    self.state = read_json(self.checkpoint / "state.json")
+                self.log = self.save_traces = self._save_checkpoint = self.save = lambda *_: None
+            elif not (self.checkpoint or self.finished):
+                self._begin(options)
+            elif config.resume:
+                self._resume(options)
+            else:
+                raise InputError(f"{folder}: holds a run; continue it with --resume, remove it, or "
+                                 "choose another --out")
 
     def _begin(self, options: dict) -> None:
         """Write config.json and empty logs. A run that was killed before it saved starts again."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import agents
+import ranks
 from agents import AutoAgent, Tool, ToolActor, ToolMaker, Trace
 from data import InputError, chat
 from data.options import StageConfig, command_line, option, run_main
@@ -273,12 +274,13 @@ def train_step(model: Transformer, parts: list[list[Trace]], most: int) -> tuple
     for part in parts:
         number = sum(sum(trace.mask) for trace in part)
         loss = 0.0
-        for micro in micro_batches(part, most):
+        for micro in micro_batches(ranks.share(part), most):
             total, _ = masked_loss(model, micro)
             (total / number / len(parts)).backward()
             loss += float(total.detach()) / number
-        losses.append(loss)
+        losses.append(sum(ranks.everyone(loss)))
         tokens += number
+    ranks.sum_gradients(model)
     return losses, tokens
 
 

@@ -1,17 +1,22 @@
 """A toy run of one stage that can be told to die: python tests/toy_run.py STAGE OUT FLAG... (test_resume.py starts it).
 
-It is the stage's own program with a few changes, because a toy learns too little. Stage 1 trains on the conversations in
-OUT/lesson.json, with a tokenizer of 500 ids. In stage 2 every turn is a call, so the ToolActor is asked. The reward of
-stage 2 is one that random weights can earn. Only 12 questions are held out, which saves time. The run writes its phases with their times to OUT/phases. DIE="phase step seconds" in the environment
-kills it with SIGKILL: in that phase of that step, after that many seconds, or at the end of the phase at the latest."""
+It is the stage's own program with a few changes, because a toy learns too little. Stage 1 trains on the conversations
+in OUT/lesson.json, with a tokenizer of 500 ids. In stage 2 every turn is a call, so the ToolActor is asked. The
+reward of stage 2 is one that random weights can earn. FLOAT64=1 in the environment computes in float64. Only 12
+questions are held out, which saves time. The run writes its phases with their times to OUT/phases. DIE="phase step
+seconds" in the environment kills it with SIGKILL: in that phase of that step, after that many seconds, or at the end
+of the phase at the latest."""
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -79,6 +84,10 @@ def few_held_out(real, config: grpo.GRPOConfig, world: object) -> tuple[list, li
 
 
 def main() -> None:
+    if os.environ.get("FLOAT64"):
+        for module in (run_file, sft, grpo):
+            module.weights_type = lambda: torch.float64
+        sft.half_precision = lambda device: nullcontext()
     run_file.Run.steps = partialmethod(follow, run_file.Run.steps)
     watch(run_file.Run, "_save_checkpoint", "saving")
     if STAGE == "sft":

@@ -1,0 +1,93 @@
+"""torchrun: several processes train one model. You may skip this file.
+
+    torchrun --nproc-per-node 2 --local-ranks-filter 0 grpo.py --out RUN --data FILE
+
+Each process, called a rank, holds the whole model. It rolls out its share of a step's questions.
+Then each rank gets the traces of all ranks, so all of them compute the same advantages and weights.
+Each adds the gradient of its share of the traces. The gradients are summed, and all ranks take the
+same optimizer step. sft.py shares the conversations of a step in the same way. Rank 0 alone writes.
+Without torchrun there is one rank, and nothing here does anything.
+"""
+import atexit
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def join(device: str) -> None:
+    """Meet the other ranks that torchrun has started. Each rank of a machine gets its own GPU."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+
+
+def size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this rank."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Rank 0 runs the body first, then all others do."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and size() > 1:
+        dist.barrier()
+
+
+def share(items: list) -> list:
+    """This rank's part of a list: every size()-th entry."""
+    return items[rank()::size()]
+
+
+def everyone(value) -> list:
+    """The value of each rank."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather(own: list, group: int = 1) -> list:
+    """The lists of all ranks as one list, in the order that one process has.
+
+    `group` consecutive entries belong to one item that share() gave.
+    """
+    parts = everyone([own[i:i + group] for i in range(0, len(own), group)])
+    merged: list = [None] * sum(map(len, parts))
+    for number, part in enumerate(parts):
+        merged[number::size()] = part
+    return sum(merged, [])
+
+
+def add_up(values: dict[str, float]) -> dict[str, float]:
+    """The sums of the values of all ranks."""
+    sums: dict[str, float] = defaultdict(float)
+    for part in everyone(dict(values)):
+        for name, value in part.items():
+            sums[name] += value
+    return sums
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Replace each gradient by its sum over the ranks. A rank without a share adds zeros."""
+    if size() == 1:
+        return
+    for weight in model.parameters():
+        if weight.requires_grad:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)

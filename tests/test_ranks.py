@@ -1,0 +1,124 @@
+"""torchrun: two processes on a CPU (gloo) train what one process trains, and go on after a kill."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny
+from safetensors.torch import load_file
+
+import ranks
+from model import save_model
+
+TESTS = Path(__file__).resolve().parent
+SAMPLE = TESTS.parent / "data" / "sample"
+FLAGS = {"sft": ["--steps", "4", "--agent-tokens", "900", "--maker-tokens", "600", "--actor-tokens", "600", "--warmup",
+                 "1", "--eval-every", "2", "--save-every", "1", "--lr", "1e-3"],
+         "grpo": ["--steps", "3", "--questions", "3", "--group", "3", "--turn-tokens", "12", "--max-turns", "2",
+                  "--trace-tokens", "600", "--micro-tokens", "900", "--eval-every", "3", "--save-every", "1", "--lr",
+                  "1e-3"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A random checkpoint in float64, conversations and questions."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model = build_tiny(tokenizer.size)
+    model.config = replace(model.config, max_position_embeddings=1024)
+    save_model(model, tokenizer, folder / "model")
+    text = "".join((SAMPLE / f"{role}.jsonl").read_text(encoding="utf-8") for role in ("agent", "maker", "actor"))
+    (folder / "traces.jsonl").write_text(text, encoding="utf-8")
+    lines = (SAMPLE / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "questions.jsonl").write_text("".join(lines[:24]), encoding="utf-8")
+    return folder
+
+
+def train(stage, out, checkpoint, *flags, processes=2, die="none 0 0"):
+    """Run one stage of the toy with several processes -> what the process says."""
+    out.mkdir(exist_ok=True)
+    if stage == "sft":
+        flags = ("--model", checkpoint / "model", "--traces", checkpoint / "traces.jsonl", *flags)
+    else:
+        if not (out / "sft").exists():
+            (out / "sft").mkdir()
+            shutil.copytree(checkpoint / "model", out / "sft" / "model")
+            (out / "sft" / "config.json").write_text(json.dumps({"seed": 0, "model": "a checkpoint"}))
+        flags = ("--data", checkpoint / "questions.jsonl", *flags)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launch, TESTS / "toy_run.py", stage, out, "--threads", "1", *FLAGS[stage], *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={
+        "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "DIE": die, "FLOAT64": "1"})
+
+
+def same(one, two, stage):
+    """Weights, moments and logs of two runs agree."""
+    for name in ("model/model.safetensors", "checkpoints/*/optimizer.safetensors"):
+        for a, b in zip(sorted((one / stage).glob(name)), sorted((two / stage).glob(name)), strict=True):
+            a, b = load_file(a), load_file(b)
+            assert a.keys() == b.keys() and len(a) > 5
+            for key in a:
+                assert a[key].dtype == torch.float64 or "step" in key
+                torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-12)
+    rows = [list(csv.DictReader((run / stage / "metrics.csv").read_text().splitlines())) for run in (one, two)]
+    assert len(rows[0]) >= 4
+    for a, b in zip(*rows, strict=True):
+        for name in a:
+            if not name.startswith(("time_", "memo_", "gap_")):
+                assert a[name] == b[name] or float(a[name]) == pytest.approx(float(b[name]), rel=1e-4, abs=1e-9), name
+
+
+@pytest.mark.parametrize("flags", [
+    ["--loss", "grpo", "--epochs", "2"], ["--loss", "dapo", "--epochs", "2", "--minibatches", "2"],
+    ["--loss", "dr_grpo", "--epochs", "2", "--beta", "0.1"], ["--loss", "gspo", "--epochs", "2"], ["--loss", "dr_grpo"]],
+    ids=lambda flags: " ".join(flags))
+def test_two_processes_train_what_one_trains(tmp_path, checkpoint, flags):
+    for name, processes in (("one", 1), ("two", 2)):
+        done = train("grpo", tmp_path / name, checkpoint, *flags, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path / "one", tmp_path / "two", "grpo")
+    traces = [[json.loads(line) for line in (tmp_path / name / "grpo" / "traces.jsonl").read_text().splitlines()]
+              for name in ("one", "two")]
+    assert [(t["ids"], t["mask"], t["rewards"]) for t in traces[0]] == [(t["ids"], t["mask"], t["rewards"]) for t in traces[1]]
+    before = load_file(checkpoint / "model" / "model.safetensors")
+    after = load_file(tmp_path / "two" / "grpo" / "model" / "model.safetensors")
+    assert any(not torch.equal(before[key], after[key]) for key in before), "it has learned something"
+
+
+def test_stage_1_shares_its_conversations(tmp_path, checkpoint):
+    for name, processes in (("one", 1), ("two", 2)):
+        done = train("sft", tmp_path / name, checkpoint, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path / "one", tmp_path / "two", "sft")
+
+
+def test_two_processes_go_on_after_a_kill(tmp_path, checkpoint):
+    """Killed in the update of step 1, and resumed: equal to a run that was not killed."""
+    assert train("grpo", tmp_path / "whole", checkpoint).returncode == 0
+    done = train("grpo", tmp_path / "killed", checkpoint, die="update 1 0.0")
+    assert done.returncode != 0 and not (tmp_path / "killed" / "grpo" / "model").exists()
+    done = train("grpo", tmp_path / "killed", checkpoint, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path / "whole", tmp_path / "killed", "grpo")
+
+
+def test_one_process_has_all():
+    assert (ranks.size(), ranks.rank(), ranks.share([1, 2, 3]), ranks.everyone(4)) == (1, 0, [1, 2, 3], [4])
+    assert ranks.gather([1, 2, 3], 2) == [1, 2, 3] and ranks.add_up({"a": 1.0}) == {"a": 1.0}
+
+
+@pytest.mark.parametrize("n, group, size", [(7, 1, 2), (6, 2, 2), (12, 3, 4), (3, 3, 2), (0, 1, 2)])
+def test_gather_restores_the_order_of_one_process(n, group, size, monkeypatch):
+    items = list(range(n))
+    blocks = [items[i:i + group] for i in range(0, n, group)]
+    monkeypatch.setattr(ranks, "size", lambda: size)
+    parts = []
+    for number in range(size):
+        monkeypatch.setattr(ranks, "rank", lambda number=number: number)
+        parts.append(ranks.share(blocks))
+    monkeypatch.setattr(ranks, "everyone", lambda own: parts)
+    assert ranks.gather([], group) == items
