@@ -169,6 +169,12 @@ def wrong_groups(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -
         trace.advantage = advantage
 
 
+def no_baseline(traces: list[Trace], rewards: list[dict], config: GRPOConfig) -> None:
+    """grpo.set_advantages, but the advantage is the reward."""
+    for trace, scores in zip(traces, rewards, strict=True):
+        trace.advantage = scores["reward"]
+
+
 def at_temperature_1(model: Transformer, traces: list[Trace], temperature: float = 1.0) -> tuple:
     """grpo.trace_logprobs, but the trainer doesn't know the temperature of the sampler."""
     return sft.trace_logprobs(model, traces)
@@ -325,6 +331,8 @@ ROWS |= {
     "sick_reward": Row("sick", "reward = consistency alone", 1, options=SHORT | CONSISTENCY),
     "sick_groups": Row("sick", "groups of traces of different questions", 1, options=SHORT,
                        changes={(grpo, "set_advantages"): wrong_groups}),
+    "sick_baseline": Row("sick", "no baseline: the advantage is the reward", 1, options=SHORT,
+                         changes={(grpo, "set_advantages"): no_baseline}),
     "sick_ratio": Row("sick", "sampler at temperature 1.5, trainer at 1", 1, options=SHORT | {"temperature": 1.5},
                       changes={(grpo, "trace_logprobs"): at_temperature_1}),
     "sick_gradient": Row("sick", "gradients are not cleared", 1, options=SHORT,
