@@ -332,7 +332,8 @@ def draw_curve(picture: Picture, run: dict) -> str:
 
 FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask,
            "roles": draw_roles.draw, "gates": draw_gates.draw, "cache": draw_cache.draw,
-           "ids": draw_ids.draw, "credit": draw_credit.draw, "order": draw_order.draw, "stops": draw_stops.draw}
+           "ids": draw_ids.draw, "credit": draw_credit.draw, "order": draw_order.draw,
+           "stops": draw_stops.draw}
 
 
 def draw(run: Path) -> dict[str, str]:
