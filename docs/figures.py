@@ -15,7 +15,16 @@ import textwrap
 from itertools import chain, groupby
 from pathlib import Path
 
-from course import draw_cache, draw_credit, draw_gates, draw_ids, draw_order, draw_roles, draw_stops
+from course import (
+    draw_cache,
+    draw_credit,
+    draw_gallery,
+    draw_gates,
+    draw_ids,
+    draw_order,
+    draw_roles,
+    draw_stops,
+)
 from picture import ACROSS, CHAR, COLORS, LEFT, LINE, WIDTH, Picture, key, panel
 from tokenizers import Tokenizer
 
@@ -333,7 +342,7 @@ def draw_curve(picture: Picture, run: dict) -> str:
 FIGURES = {"trace": draw_trace, "curve": draw_curve, "group": draw_group, "mask": draw_mask,
            "roles": draw_roles.draw, "gates": draw_gates.draw, "cache": draw_cache.draw,
            "ids": draw_ids.draw, "credit": draw_credit.draw, "order": draw_order.draw,
-           "stops": draw_stops.draw}
+           "stops": draw_stops.draw, "gallery": draw_gallery.draw}
 
 
 def draw(run: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ def draw(picture: Picture, run: dict) -> str:
         panel(picture, left, title, rows)
         if number % 2 == 1:
             picture.y += HEIGHT + 62
-    picture.text(WIDTH / 2, picture.y - 8, "24 rollouts each; both axes from 0, up to 1",
+    picture.text(WIDTH / 2, picture.y - 8, "24 rollouts each; the grey lines are 0, 0.5 and 1",
                  "given", text_anchor="middle")
     picture.y += 8
     return "Six runs of GRPO, healthy and sick"
