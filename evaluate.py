@@ -17,7 +17,7 @@ import data.training
 from agents import Tool, ToolActor, Toolbox, Trace, run_episodes
 from data import InputError, fingerprint, read_json
 from data.folders import lock, trained_by
-from data.options import Config, option
+from data.options import GRAPH, Config, option
 from data.own import story
 from data.read import Item, question_files, read_questions
 from data.results import majority, maker_shares, result_row
@@ -109,6 +109,7 @@ class AgentConfig(Config):
     trace_tokens: int | None = option(None, "tokens per trace, prompt and observations included",
                                       unset="the run's, or 4096")
     samples: int = option(1, "traces per question")
+    graph: bool = option(False, GRAPH)
 
     def __post_init__(self):
         super().__post_init__()

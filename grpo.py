@@ -46,7 +46,7 @@ from agents import AutoAgent, ToolActor, Toolbox, ToolMaker, Trace, run_episodes
 from data import InputError
 from data.evidence import Evidence, is_used
 from data.folders import stage1_folder, stage1_model
-from data.options import StageConfig, command_line, option, run_main
+from data.options import GRAPH, StageConfig, command_line, option, run_main
 from data.plan import STAGE1, names_folder, show_plan
 from data.prompts import LONG
 from data.read import question_files
@@ -55,7 +55,8 @@ from data.score import exact_match, f1, normalize
 from data.support import collect_evidence, supporting
 from data.training import choose_questions, is_checkpoint, micro_batches, world_seed
 from data.world import Question, make_world
-from model import Sampler, Transformer, adapted, load, make_optimizer, optimizer_step, pad
+from graph import make_sampler
+from model import Transformer, adapted, load, make_optimizer, optimizer_step, pad
 from run import Run, pick_device, set_up, weights_type
 from sft import rehearse, trace_logprobs
 
@@ -84,8 +85,7 @@ class GRPOConfig(StageConfig):
     data: tuple = option((), "question files to train on; one question in twenty is held out",
                          unset="the fictional world's")
     skip_bad: bool = option(False, "skip broken records of these files")
-    steps: int = option(56, "steps; each samples a rollout (questions x group traces) and trains "
-                        "on it", real=200)
+    steps: int = option(56, "steps; each trains on a rollout of questions x group traces", real=200)
     questions: int = option(12, "questions per rollout", real=16)
     group: int = option(8, "G: traces per question", least=2)
     epochs: int = option(1, "how often each rollout is trained on")
@@ -103,6 +103,7 @@ class GRPOConfig(StageConfig):
     sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once", real=32)
     eval_every: int = option(4, "steps between two evaluations on held-out questions", real=10)
     save_every: int = option(5, "steps between two checkpoints", real=1)
+    graph: bool = option(False, GRAPH)
     plan: str = option("", "print the GPU memory that training this folder takes", bare=STAGE1)
 
     def is_real(self) -> bool:
@@ -280,7 +281,7 @@ class Simulator:
         if long_prompts or self.tokenizer.prompts is LONG:
             maker_tokens = actor_tokens = max(480, config.turn_tokens)
             slots = min(most, config.trace_tokens + maker_tokens)
-        sampler = Sampler(self.model, self.tokenizer, rows, slots)
+        sampler = make_sampler(config, self.model, self.tokenizer, rows, slots)
         self.maker = ToolMaker(sampler, maker_tokens)
         self.actor = ToolActor(sampler, actor_tokens)
         self.boxes: dict[str, Toolbox] = {}  # by question id
@@ -296,7 +297,7 @@ class Simulator:
     def agent(self, model: Transformer, rows: int, temperature: float) -> AutoAgent:
         """AutoAgent over the policy itself, so it samples with the newest weights."""
         c = self.config
-        sampler = Sampler(model, self.tokenizer, rows, c.trace_tokens)
+        sampler = make_sampler(c, model, self.tokenizer, rows, c.trace_tokens)
         return AutoAgent(sampler, c.max_turns, c.turn_tokens, c.trace_tokens, temperature)
 
     def traces(self, questions: list[Question], group: int, *key) -> list[Trace]:

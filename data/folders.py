@@ -40,7 +40,7 @@ def is_finished(folder: Path) -> bool:
 
 
 # What --resume may change. Of files the bytes are compared, not the paths.
-FREE = ("out", "resume", "sft", "model", "traces", "data", "save_every", "threads")
+FREE = ("out", "resume", "sft", "model", "traces", "data", "save_every", "threads", "graph")
 # The contents that a stage depends on, in words.
 CONTENTS = {"sha256_of_model_and_data": "another content of the model, traces or questions",
             "sha256_of_prompts": "other prompts (data/prompts.py)"}
@@ -50,14 +50,14 @@ def gets_steps(folder: Path, options: dict, finished: bool) -> bool:
     """Whether a resumed stage gets more steps than it was begun with. InputError if another option
     or the content of its files has changed.
     """
-    begun = read_json(folder / "config.json")
+    begun = {"graph": False} | read_json(folder / "config.json")  # stage 1 does not have it
     grows = options["steps"] > begun.get("steps", 0)
     for name, value in json.loads(json.dumps(options)).items():
         free = name in FREE or (name == "steps" and (grows or finished))
         if not free and value != begun.get(name):
             other = CONTENTS.get(name, f"{begun.get(name)!r}, not {value!r}")
             raise InputError(f"{name}: the run in {folder} was started with {other}")
-    changed = [name for name in ("steps", "threads") if options[name] != begun.get(name)]
+    changed = [n for n in ("steps", "threads", "graph") if options.get(n, False) != begun.get(n)]
     if changed and (grows or not finished):
         print(f"{folder}: other {' and '.join(changed)} than at its start, so its weights will "
               "not be those of a run without a stop, bit for bit")

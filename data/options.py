@@ -20,6 +20,9 @@ def option(default, meaning: str, **more):
     return field(default=default, metadata={"help": meaning, **more})
 
 
+GRAPH = "decode with CUDA graphs (graph.py); no card has run them yet"  # --graph
+
+
 def validate(config) -> None:
     """InputError for a value not in `choices` or below `least`. The default least is above 0."""
     for f in fields(config):

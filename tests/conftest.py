@@ -1,5 +1,7 @@
 """Shared by all tests: the repository on sys.path, one thread, a tiny tokenizer, tiny models, a saved model folder."""
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,3 +74,15 @@ def folder(tmp_path, tokenizer):
     """A saved model folder. As in Qwen2.5, the embedding has more rows than the tokenizer has ids."""
     save_model(build_tiny(tokenizer.size + 4, dtype=torch.float32), tokenizer, tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory):
+    """guard.cpp, compiled: it makes PyTorch accept fake CUDA tensors (fake_cuda.py)."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is missing: the device guard of fake CUDA tensors can't be compiled")
+    packages = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{packages / 'include'}", Path(__file__).with_name("guard.cpp"),
+                    "-o", library, f"-L{packages / 'lib'}", f"-Wl,-rpath,{packages / 'lib'}", "-lc10", "-ltorch_cpu"], check=True)
+    return library

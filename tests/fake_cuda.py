@@ -6,6 +6,7 @@ GUARD is guard.cpp, compiled; SHAPE is 0.5b, 1.5b, 3b or 7b. WHAT is one of
   check      all parts; the last line is a JSON object, which test_cuda.py checks. A device mismatch raises
   stop, pad  the sampler's stop ids, or the ids of traces, are put on the wrong device
   memory     bytes of training and sampling, as a JSON object
+  graph      the decode step of graph.py: what the host reads and sends, and bytes, as a JSON object
 This is a program of its own, because a process can't go back to having no CUDA.
 """
 # ruff: noqa: E402
@@ -15,7 +16,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import graph
 import grpo
 import model as engine
 import run
@@ -279,7 +281,55 @@ def measure_memory():
     return facts | {"prefill 32 x 512": sample_memory(32, 3584, 512), "decode 128": sample_memory(128, 4094, 1)}
 
 
+class Recording:
+    """Stands in for torch.cuda.CUDAGraph. Fake tensors hold no numbers, so a replay has nothing to do."""
+    replays = 0
+
+    def replay(self):
+        Recording.replays += 1
+
+    def pool(self):
+        return "pool"
+
+
+def check_graph(rows=96, slots=4096):
+    """Two turns of all rows. In the first, rows finish at different steps and some replays follow. The second is greedy."""
+    pools, steps = [], []
+    torch.cuda.CUDAGraph = Recording
+    torch.cuda.graph = lambda recording, pool: (pools.append(pool), nullcontext())[1]
+    model = new_model(reference=True)
+    before = memory.now
+    sampler = graph.GraphSampler(model, SimpleNamespace(stop_ids={151643, 151645}), rows, slots)
+    cache = sampler.cache
+    tables = memory.now - before - cache.k.nbytes - cache.v.nbytes
+    step = sampler._step
+
+    def counted(*key):
+        start = memory.peak = memory.now
+        reads, uploads = watch.reads, watch.uploads
+        step(*key)
+        steps.append({"key": key, "reads": watch.reads - reads, "uploads": watch.uploads - uploads,
+                      "left": memory.now - start, "peak": memory.peak - start})
+
+    sampler._step = counted
+
+    def turn(filled, done, temperature):
+        """done: of the rows that the host looks at in each step, how many have finished."""
+        for row in sampler.rows:
+            row.filled, row.pending = filled, [1]
+        watch.answers = [[i < finished for i in range(seen)] for seen, finished in done] + [[len(done)] * rows]
+        reads = watch.reads
+        sampler.sample(sampler.rows, [len(done)] * rows, np.zeros((rows, len(done)), np.float32), temperature)
+        assert watch.reads - reads == len(done) + 3, "once per step, and the results"
+
+    turn(slots - 90, [(rows, 0), (rows, 5), (rows, rows - 40), (40, 0), (40, 40)], 1.0)
+    turn(250, [(rows, 0), (rows, rows)], 0.0)
+    places = {name: lies([x]) for name, x in vars(sampler).items() if isinstance(x, torch.Tensor)}
+    return {"steps": steps, "pools": pools, "replays": Recording.replays, "tables": tables, "places": places}
+
+
+programs = {"memory": measure_memory, "graph": check_graph}
 with ExitStack() as modes:
-    for mode in (FakeTensorMode(), memory, watch) if WHAT == "memory" else (FakeTensorMode(), watch):
+    for mode in (FakeTensorMode(), memory, watch) if WHAT in programs else (FakeTensorMode(), watch):
         modes.enter_context(mode)
-    print(json.dumps(measure_memory() if WHAT == "memory" else check()))
+    print(json.dumps(programs.get(WHAT, check)()))

@@ -14,6 +14,7 @@ from test_model import BROKEN
 
 import agents
 import evaluate
+import graph
 import grpo
 import mtr
 from data.options import run_main
@@ -78,7 +79,7 @@ def played(monkeypatch, tokenizer, folder, capsys):
         def script(context):
             seen.append((context, capsys.readouterr().out))
             return actor if "You play a tool" in context else maker if "Write the tools" in context else next(turns)
-        monkeypatch.setattr(grpo, "Sampler", lambda *_: scripted(tokenizer, script))
+        monkeypatch.setattr(graph, "Sampler", lambda *_: scripted(tokenizer, script))
         return seen
     return play
 
@@ -142,7 +143,7 @@ def test_the_temperature_is_the_agents_alone(folder, ask, tokenizer, monkeypatch
         turns = iter([act(("mayor", {"city": "Doka"})), say("Bo")] if samplers else [maker, '{"mayor": "Bo"}'])
         samplers.append(scripted(tokenizer, lambda context: next(turns)))
         return samplers[-1]
-    monkeypatch.setattr(grpo, "Sampler", sampler)
+    monkeypatch.setattr(graph, "Sampler", sampler)
     code, out, _ = ask("--model", folder, "Who governs Doka?", *words)
     assert code == 0 and out.endswith("  answers   Bo\n")
     assert [s.temperatures for s in samplers] == [[0.0, 0.0], [temperature, temperature]]

@@ -1,11 +1,9 @@
 """Sampler, stage 1's step and stage 2's update on the device cuda, at the shapes of Qwen2.5. No GPU is needed: the tensors
 are fake (see fake_cuda.py)."""
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,17 +18,6 @@ HALF, FULL, HOST = "cuda:0 bfloat16", "cuda:0 float32", "cpu float32"
 MATRICES = {"0.5b": 24 * 7, "7b": 28 * 7}
 EMBEDDING = {"0.5b": 151936 * 896, "7b": 152064 * 3584}
 WEIGHTS = {"0.5b": 24 * 12 + 2, "7b": 28 * 12 + 3}
-
-
-@pytest.fixture(scope="session")
-def guard(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is missing: the device guard of fake CUDA tensors can't be compiled")
-    torch = Path(find_spec("torch").submodule_search_locations[0])
-    library = tmp_path_factory.mktemp("guard") / "guard.so"
-    subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch / 'include'}", TESTS / "guard.cpp", "-o", library,
-                    f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-lc10", "-ltorch_cpu"], check=True)
-    return library
 
 
 def start(guard, shape, what):

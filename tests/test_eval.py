@@ -18,6 +18,7 @@ from test_agents import act, maker_text, object_of, say, scripted
 import agents
 import data as data_package
 import evaluate
+import graph
 import grpo
 import mtr
 import sft
@@ -79,7 +80,7 @@ def stand_in(monkeypatch, folder, tokenizer):
     def sampler(model, _, rows, slots):
         made.append(scripted(tokenizer, replies, rows))
         return made[-1]
-    monkeypatch.setattr(grpo, "Sampler", sampler)
+    monkeypatch.setattr(graph, "Sampler", sampler)
     set_positions(folder)
     return made
 
@@ -390,7 +391,7 @@ def test_the_held_out_sets_of_a_run(backend, monkeypatch, folder, tokenizer, out
         players.append(self)
         real_init(self, *args)
     monkeypatch.setattr(evaluate.Players, "__init__", init)
-    monkeypatch.setattr(grpo, "Sampler",
+    monkeypatch.setattr(graph, "Sampler",
                         lambda model, _, rows, slots: scripted(tokenizer, script, rows))
     monkeypatch.setattr(evaluate, "make_questions",
                         lambda w: [q, replace(q, set="train"), replace(q, set="bamboogle")])

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = {"mtr.py": 200, "report.py": 180, "evaluate.py": 360, "grpo.py": 540, "sft.py": 400,
-         "run.py": 210, "ranks.py": 95, "agents.py": 600, "model.py": 760, "data/tools.py": 200,
+         "run.py": 210, "ranks.py": 95, "graph.py": 135, "agents.py": 600, "model.py": 760,
+         "data/tools.py": 200,
          "data/utilities.py": 130, "data/guard.py": 60, "data/schema.py": 150,
          "data/user_schema.py": 100, "data/read.py": 170, "data/formats.py": 160,
          "data/write.py": 50, "data/rows.py": 70, "data/score.py": 80, "data/results.py": 85,
@@ -27,9 +28,10 @@ GROUPS = {  # files: bytes and lines together
     ("run", "evaluate", "report"): (38_000, 740)}
 WIDTH = 100
 COMPLEXITY = 15
-# A file may import the files below it. model.py and agents.py stand side by side.
-LEVEL = {"data": 0, "agents": 1, "model": 1, "ranks": 1, "run": 2, "sft": 3, "grpo": 4, "evaluate": 5,
-         "report": 6, "mtr": 7}
+# A file may import the files below it. model.py and agents.py stand side by side, as do graph.py
+# and run.py.
+LEVEL = {"data": 0, "agents": 1, "model": 1, "ranks": 1, "graph": 2, "run": 2, "sft": 3, "grpo": 4,
+         "evaluate": 5, "report": 6, "mtr": 7}
 SOURCES = [path.relative_to(ROOT).as_posix()
            for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])]
 
@@ -135,7 +137,7 @@ def complexity(text):
 
 
 def test_every_source_file_has_a_ceiling():
-    assert sorted(LINES) == SOURCES and len(SOURCES) == 41
+    assert sorted(LINES) == SOURCES and len(SOURCES) == 42
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -196,6 +198,7 @@ def test_every_noqa_has_a_reason():
     ("data/world.py", "import torch\nfrom model import load\nimport agents",
      ["torch", "model", "agents"]),
     ("data/__init__.py", "import mtr", ["mtr"]), ("run.py", "from agents import Trace", []),
+    ("graph.py", "import run\nfrom model import Sampler", ["run"]),
     ("run.py", "def f():\n    import sft", ["sft"]), ("sft.py", "import run\nimport grpo", ["grpo"]),
     ("grpo.py", "import evaluate", ["evaluate"]), ("evaluate.py", "import grpo, report", ["report"]),
     ("report.py", "from evaluate import x\nimport mtr as m", ["mtr"]),

@@ -29,6 +29,7 @@ from test_sft import ACTOR, AGENT, CONVERSATIONS, MAKER, teacher_records, words
 import agents
 import data.tools
 import evaluate
+import graph
 import grpo
 import sft
 from agents import (
@@ -276,7 +277,7 @@ def test_any_other_checkpoint_gets_the_long_texts(unmarked, tmp_path):
 
 def test_the_simulator_has_room_for_the_long_texts(folder, unmarked, tokenizer):
     """Also where its questions are the fictional world's."""
-    config = SimpleNamespace(trace_tokens=1800, turn_tokens=500)
+    config = SimpleNamespace(trace_tokens=1800, turn_tokens=500, graph=False)
     simulator = grpo.Simulator(unmarked, config)
     assert simulator.maker.sampler.slots == 2300 and simulator.maker.reply_tokens == simulator.actor.reply_tokens == 500
     save_model(load(folder)[0], tokenizer, folder)
@@ -299,7 +300,7 @@ def test_all_stages_ask_with_the_texts_of_the_checkpoint(unmarked, tmp_path, mon
     def sampler(model, tokenizer, rows, slots):
         made.append(scripted(tokenizer, replies, rows))
         return made[-1]
-    monkeypatch.setattr(grpo, "Sampler", sampler)
+    monkeypatch.setattr(graph, "Sampler", sampler)
     questions = tmp_path / "few.jsonl"
     questions.write_text(json.dumps({"id": "a", "question": "Where was Bo born?", "golden_answers": ["Velka"]}))
     options = {"model": str(unmarked), "data": (str(questions),), "samples": 1}
@@ -312,7 +313,8 @@ def test_all_stages_ask_with_the_texts_of_the_checkpoint(unmarked, tmp_path, mon
     played, asked = made[1].heard[0], made[0].heard[0]
     assert agent.ids == played and actor.ids == asked and maker.ids[:maker.mask.index(1)] == made[0].before[0]
     trained = tmp_path / "run" / "sft" / "model"
-    simulator = grpo.Simulator(trained, SimpleNamespace(max_turns=3, turn_tokens=500, trace_tokens=9000))
+    config = SimpleNamespace(max_turns=3, turn_tokens=500, trace_tokens=9000, graph=False)
+    simulator = grpo.Simulator(trained, config)
     trace = Trace("Where was Bo born?", [BIRTHPLACE])
     run_episodes(simulator.agent(simulator.model, 1, 0.0), simulator.actor.answer, [trace])
     assert trace.answer == "Velka" and simulator.tokenizer.prompts is LONG

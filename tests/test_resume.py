@@ -23,7 +23,7 @@ import run as run_file
 import sft
 from agents import Trace
 from data import InputError, fingerprint, prompts
-from data.folders import locks, stage1_model
+from data.folders import gets_steps, locks, stage1_model
 from data.options import Config, run_main
 from model import load
 from run import Run
@@ -275,6 +275,15 @@ def test_what_a_resumed_run_may_change(more, begun, tmp_path, capsys):
         assert said == f"{folder}: other {name} than at its start, so its weights will not be those of a run without a stop, bit for bit\n"
     else:
         assert said == ""
+
+
+@pytest.mark.parametrize("before, now, said", [({}, False, False), ({}, True, True), ({"graph": True}, True, False),
+                                               ({"graph": True}, False, True)])
+def test_a_resumed_run_may_change_how_it_decodes(before, now, said, tmp_path, capsys):
+    """A run may be older than the option --graph."""
+    (tmp_path / "config.json").write_text(json.dumps({"steps": 5, "threads": 1} | before))
+    assert not gets_steps(tmp_path, {"steps": 5, "threads": 1, "graph": now}, finished=False)
+    assert ("other graph than at its start" in capsys.readouterr().out) is said
 
 
 def test_a_finished_run_goes_on_if_it_gets_more_steps(begun, tmp_path):

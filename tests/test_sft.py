@@ -619,11 +619,11 @@ def test_an_observation_is_not_learned_from(tokenizer, tiny, exact):
 
 CONFIGS = {  # the files that read the config, and its name there
     SFTConfig: {"sft.py": "config", "mtr.py": "first"},
-    GRPOConfig: {"grpo.py": "(?:config|c)", "data/training.py": "config", "mtr.py": "second"},
-    AgentConfig: {"evaluate.py": "config"},
-    EvalConfig: {"evaluate.py": "config"},
-    TracesConfig: {"evaluate.py": "config", "mtr.py": "config"},
-    AskConfig: {"evaluate.py": "config", "mtr.py": "config"},
+    GRPOConfig: {"grpo.py": "(?:config|c)", "graph.py": "config", "data/training.py": "config", "mtr.py": "second"},
+    AgentConfig: {"evaluate.py": "config", "graph.py": "config"},
+    EvalConfig: {"evaluate.py": "config", "graph.py": "config"},
+    TracesConfig: {"evaluate.py": "config", "graph.py": "config", "mtr.py": "config"},
+    AskConfig: {"evaluate.py": "config", "graph.py": "config", "mtr.py": "config"},
     RunConfig: {"mtr.py": "config"},
     ShowConfig: {"report.py": "config", "data/show.py": "config"},
     CompareConfig: {"data/compare.py": "config"}}
