@@ -455,24 +455,24 @@ def time_sft(args: argparse.Namespace) -> dict:
     sides = args.sft_sides
     answers = {side: [] for side in sides}
     memory = {}
-    firsts = {}
+    reference = whole = None  # the first side's small and whole step, which all others must equal
     with workers() as start:
         for number in range(args.sft_rounds + 1):
             for side in sides:
-                # The last round measures memory; its malloc is slower.
-                worker = start("sft", side, args, exact=number == args.sft_rounds)
-                firsts.setdefault(side, worker.first)
-                if number == 0:
-                    compare_steps(side, worker.first, firsts[sides[0]], 1e-4)
+                # The first round measures memory; its malloc is slower.
+                worker = start("sft", side, args, exact=number == 0)
+                reference = reference or worker.first
+                compare_steps(side, worker.first, reference, 1e-4)
                 answer = worker.ask()
                 worker.stop()
                 print(f"{side:<13} {answer['seconds']:7.2f} s, loss {answer['loss']:.4f}, gradient "
                       f"{answer['grad_norm']:.4f}, {answer['above_gb']:.2f} GB", flush=True)
-                compare_steps(side, answer, (answers[sides[0]] or [answer])[0], 2e-2)
-                if number < args.sft_rounds:
-                    answers[side].append(answer)
-                else:
+                whole = whole or answer
+                compare_steps(side, answer, whole, 2e-2)
+                if number == 0:
                     memory[side] = answer["above_gb"]
+                else:
+                    answers[side].append(answer)
     found["sides"] = {}
     for side in sides:
         seconds = statistics.median(answer["seconds"] for answer in answers[side])
@@ -520,7 +520,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--trl-batch", type=int, nargs="+", default=[16, 96],
                         help="rows of TRL's training batches to try (default: 16 96)")
     parser.add_argument("--sft-rounds", type=int, default=3,
-                        help="rounds of sft; one more measures memory (default: 3)")
+                        help="rounds of sft; one more, the first, measures memory (default: 3)")
     parser.add_argument("--sft-shape", choices=SHAPES, default="0.5b", help="(default: 0.5b)")
     parser.add_argument("--sft-sides", nargs="+", default=["transformers", "ours", "recomputing"],
                         choices=("transformers", "ours", "recomputing"), metavar="SIDE",
