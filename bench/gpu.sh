@@ -4,10 +4,10 @@
 #   bash bench/gpu.sh --dry    the same parts at toy size on the CPU
 # The checks come first. Each part is a process with a time limit of its own, and writes OUT/PART.json and OUT/PART.log.
 # If a part fails or runs out of time, its JSON file holds the message, and the next part starts. OUT/tables.md holds the
-# tables. Settings: OUT, the folder (default: gpu); PARTS, the parts to run (default: all); PYTHON, the interpreter.
+# tables. Settings: OUT, the folder (default: run/gpu); PARTS, the parts to run (default: all); PYTHON, the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-gpu}
+out=${OUT:-run/gpu}
 python=${PYTHON:-python}
 total=530 # seconds
 most=${MOST:-$total}
