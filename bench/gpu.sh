@@ -1,45 +1,77 @@
 #!/usr/bin/env bash
-# On one GPU, within nine minutes: compare rollouts (rollout.py), and measure which share of the copy bandwidth a decode
-# step uses (floors.py). It needs requirements.txt and tests/requirements-peers.txt.
-#   bash bench/gpu.sh
-# The most informative runs come first. Runs that don't fit into the time are named and skipped. Results: gpu.jsonl.
-# Rehearsal on a CPU: SHAPES="tiny" ROWS="2 9" THREADS=1 bash bench/gpu.sh
+# On one GPU, within nine minutes: fill the GPU tables of bench/README.md.
+#   bash bench/gpu.sh          the card; needs requirements.txt and tests/requirements-peers.txt
+#   bash bench/gpu.sh --dry    the same parts at toy size on the CPU
+# The checks come first. Each part is a process with a time limit of its own, and writes OUT/PART.json and OUT/PART.log.
+# If a part fails or runs out of time, its JSON file holds the message, and the next part starts. OUT/tables.md holds the
+# tables. Settings: OUT, the folder (default: run/gpu); PARTS, the parts to run (default: all); PYTHON, the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-shapes=${SHAPES:-7b 0.5b 1.5b}
-rows=${ROWS:-64 256}
-out=${OUT:-.}
+out=${OUT:-run/gpu}
+python=${PYTHON:-python}
+total=530 # seconds
+most=${MOST:-$total}
 mkdir -p "$out"
-: > "$out/gpu.jsonl"
-limit=530 # seconds
 
-try() { # a program and its arguments, with the time that is left; its last line is JSON
-  local left=$((limit - SECONDS)) lines
-  if ((left < 20)); then
-    echo "left out, no time: $*"
-    return
-  fi
-  echo "== $* (at $SECONDS s)"
-  lines=$(timeout "$left" python "$@") || { echo "failed or out of time: $*"; printf '%s\n' "$lines"; return; }
-  printf '%s\n' "$lines"
-  printf '%s\n' "$lines" | tail -n 1 >> "$out/gpu.jsonl"
+failed() { # the part's name, its exit code: write the message
+  tail -n 5 "$out/$1.log" | python3 -c 'import json, sys
+name, code = sys.argv[1:]
+why = {"124": "out of time", "137": "killed"}.get(code, f"exit code {code}")
+print(json.dumps({"part": name, "failed": why, "message": sys.stdin.read().strip()}))' "$1" "$2" > "$out/$1.json"
+  echo "failed: $(cat "$out/$1.json")"
 }
 
-date -u
-command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-for shape in $shapes; do
+part() { # name, seconds, program and arguments; its last line is JSON
+  local name=$1 limit=$2 left=$((total - SECONDS)) code
+  shift 2
+  case " ${PARTS:-$name} " in *" $name "*) ;; *) return ;; esac
+  rm -f "$out/$name.json"
+  limit=$((limit < left ? limit : left))
+  limit=$((limit < most ? limit : most))
+  echo "== $name, at $SECONDS s, at most $limit s: $*"
+  if ((limit < 1)); then
+    echo "no time is left" > "$out/$name.log"
+    failed "$name" 124
+    return
+  fi
+  timeout -k 5 "$limit" "$python" "$@" > "$out/$name.log" 2>&1
+  code=$?
+  if ((code)) || ! tail -n 1 "$out/$name.log" | python3 -m json.tool > /dev/null 2>&1; then
+    failed "$name" "$code"
+    return
+  fi
+  tail -n 1 "$out/$name.log" > "$out/$name.json"
+  tail -n 6 "$out/$name.log" | head -n 5 | cut -c 1-200
+}
+
+if [ "${1:-}" = --dry ]; then
+  export CUDA_VISIBLE_DEVICES=
+  small="--threads 1 --shape tiny"
   # shellcheck disable=SC2086
-  try bench/floors.py step --shape "$shape" --rows 1 $rows --prompt 790
-done
-first=1
-for n in $rows; do # a group of 8
-  for shape in $shapes; do
-    if ((first)) && [ "$shape" != 7b ]; then check=""; else check="--no-greedy-check"; fi
-    [ -z "$check" ] && first=0
-    # shellcheck disable=SC2086
-    try bench/rollout.py --shape "$shape" --questions $(((n + 7) / 8)) --group 8 --rounds $((n > 64 ? 1 : 3)) \
-      --sides ours reprefill kept_shared --threads "${THREADS:-8}" $check
+  {
+    part check 60 bench/floors.py check $small
+    part step-7b 60 bench/floors.py step $small --rows 1 8 --prompt 40 --tokens 4
+    part train-7b 60 bench/floors.py train $small --tokens 128 --length 64 --lora 4
+    part grpo-7b 60 bench/floors.py grpo $small --questions 2 --group 2 --lora 4 --micro-tokens 512
+    part rollout-0.5b 60 bench/rollout.py $small --questions 2 --group 2 --rounds 1 --sides ours reprefill kept_shared
+    part memory-7b 60 bench/memory.py --shape tiny --device cpu --lora 4 --questions 2 --group 2 --sim-rows 4 \
+      --trace-tokens 1024 --micro-tokens 1024 --turn-tokens 8 --max-turns 2
+  }
+else
+  command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  part check 60 bench/floors.py check --shape 0.5b
+  for shape in 7b 0.5b 1.5b; do
+    part "step-$shape" 60 bench/floors.py step --shape $shape --rows 1 64 256 --prompt 790
   done
-done
-echo "done after $SECONDS s; $out/gpu.jsonl"
+  part train-3b 45 bench/floors.py train --shape 3b
+  part train-7b 45 bench/floors.py train --shape 7b --lora 16
+  part grpo-1.5b 60 bench/floors.py grpo --shape 1.5b
+  part memory-7b 150 bench/memory.py --shape 7b --lora 16 --turn-tokens 64 --max-turns 2
+  part grpo-7b 75 bench/floors.py grpo --shape 7b --lora 16
+  part memory-0.5b 75 bench/memory.py --shape 0.5b --turn-tokens 64 --max-turns 2
+  part rollout-0.5b 60 bench/rollout.py --shape 0.5b --questions 8 --group 8 --rounds 1 --threads 8 \
+    --sides ours reprefill kept_shared --no-greedy-check
+fi
+"$python" bench/floors.py tables "$out" > "$out/tables.md" && cat "$out/tables.md"
+grep -q '"ok": true, "greedy"' "$out/check.json" 2> /dev/null || echo "A CHECK HAS FAILED: see $out/check.json"
+echo "done after $SECONDS s; $out"

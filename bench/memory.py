@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from floors import about
 from load import make_tokenizer, memory_of
 from rollout import SHAPES
 
@@ -32,6 +33,7 @@ import run as run_file
 import sft
 from data.options import run_main
 from data.plan import OTHER, count_bytes, flags_of, read_shape
+from data.tokenizer import train_tokenizer
 from model import Tokenizer, Transformer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,16 +42,23 @@ SHARED = ("device", "precision", "micro_tokens", "lora", "offload")  # options o
 
 def write_files(folder: Path, shape: str) -> None:
     """A checkpoint with random weights, conversations for stage 1 and 30 questions for stage 2."""
-    (folder / "tokenizer").mkdir()
-    make_tokenizer(folder / "tokenizer")
-    with torch.device("meta"):
-        model = Transformer(SHAPES[shape]).bfloat16()
-    model = model.to_empty(device="cpu")
-    for name, weight in model.named_parameters():
-        weight.data.normal_(std=0.02) if "norm" not in name else weight.data.fill_(1)
-    save_model(model, Tokenizer(folder / "tokenizer"), folder / "qwen")
     sample = ROOT / "data" / "sample"
     lines = [(sample / f"{role}.jsonl").read_text(encoding="utf-8") for role in sft.ROLES]
+    (folder / "tokenizer").mkdir()
+    config = replace(SHAPES[shape], max_position_embeddings=32768)
+    if config.vocab_size > 100_000:
+        make_tokenizer(folder / "tokenizer")
+    else:
+        train_tokenizer(lines, config.vocab_size, folder / "tokenizer")
+    tokenizer = Tokenizer(folder / "tokenizer")
+    with torch.device("meta"):
+        model = Transformer(config).bfloat16()
+    model = model.to_empty(device="cpu")
+    fast = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU takes minutes for 7B
+    for name, weight in model.named_parameters():
+        weight.data.copy_(torch.empty(weight.shape, device=fast).normal_(std=0.02) + float("norm" in name))
+    torch.cuda.empty_cache()
+    save_model(model, tokenizer, folder / "qwen")
     (folder / "traces.jsonl").write_text("".join(lines), encoding="utf-8")
     questions = (sample / "questions.jsonl").read_text(encoding="utf-8").splitlines()[:30]
     (folder / "questions.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
@@ -83,7 +92,7 @@ def measure(stage: str, flags: list[str], marker: Path) -> dict:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
     process = subprocess.Popen([sys.executable, __file__, "child", stage, marker, *flags], text=True, cwd=ROOT, env=environment,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == "imported\n"
+    assert process.stdout.readline() == "imported\n", f"{stage}.py can't be imported"
     before = peak = memory_of(process.pid, "VmRSS")
     process.stdin.write("go\n")
     process.stdin.flush()
@@ -92,7 +101,7 @@ def measure(stage: str, flags: list[str], marker: Path) -> dict:
             peak = max(peak, memory_of(process.pid, "VmRSS"))
         time.sleep(0.005)
     if process.returncode:
-        return {"failed": process.returncode}
+        raise SystemExit(f"memory.py: {stage}.py has ended with code {process.returncode}")
     return {"peak": (peak - before) / 1e9} | json.loads(process.stdout.read().splitlines()[-1])
 
 
@@ -113,12 +122,10 @@ def main() -> None:
             shared += [f"--{role}-tokens", str(config.micro_tokens)]
         found = {"sft": measure("sft", ["--model", str(folder / "qwen"), "--traces", str(folder / "traces.jsonl"), *out, *shared], folder / "sft"),
                  "grpo": measure("grpo", ["--data", str(folder / "questions.jsonl"), *out, *rest], folder / "grpo")}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     for stage, key in (("sft", "stage 1"), ("grpo", "stage 2")):
         found[stage]["plan"] = (plan[key] - OTHER) / 1e9
         print(stage, {k: round(v, 2) for k, v in found[stage].items()}, flush=True)
-    print(json.dumps({"shape": shape.shape, "flags": rest, "on": name, "date": str(date.today()), "commit": commit} | found))
+    print(json.dumps({"shape": shape.shape, "flags": rest} | found | about()))
 
 
 if __name__ == "__main__":
