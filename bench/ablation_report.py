@@ -141,8 +141,8 @@ def tables(found: dict, rows: dict) -> dict[str, str]:
 
 def fill(text: str, made: dict[str, str]) -> str:
     """The text of a page with new tables."""
-    return re.sub(r"(<!-- table: (\w+) -->\n\n).*?(\n<!-- end -->)",
-                  lambda match: match[1] + made[match[2]] + match[3], text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+                  lambda match: f"{match[1]}\n{made[match[2]]}\n{match[3]}", text, flags=re.DOTALL)
 
 
 # -------------------------------------------------------------------------------------------------- figures

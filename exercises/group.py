@@ -13,7 +13,7 @@ def advantages(rewards: list[float], groups: list[int], scale_std: bool) -> list
     scale_std: divide by the group's standard deviation + 1e-4. The squares are divided by the
     number of traces, not by one less.
     A reward that is NaN is left out of mean and standard deviation, and its advantage is 0. In a
-    group whose other rewards are all equal, each advantage is exactly 0.
+    group whose rewards, NaN apart, are all equal, each advantage is exactly 0.
     """
     raise NotImplementedError
 
@@ -22,14 +22,14 @@ def token_weights(lengths: list[int], loss: str, most_tokens: int) -> list[float
     """The weight w_i of each token of trace i: the table at the head of grpo.py.
 
     lengths: [B], the number of sampled tokens of each trace; most_tokens: L_max -> [B]
-    A length of 0 counts as 1 where it would be a divisor.
+    A divisor of 0 is replaced by 1: in "grpo" and "gspo" the length, in "dapo" the sum.
     """
     raise NotImplementedError
 
 
 def clipped_loss(logprobs: list[list[float]], old: list[list[float]], advantage: list[float],
                  mask: list[list[int]], weight: list[float], loss: str) -> float:
-    """-J without KL: minus the weighted sum of the clipped terms over the tokens with mask 1.
+    """The loss of diff 5: minus the weighted sum of the clipped terms over the tokens with mask 1.
 
     logprobs, old and mask: [B][T], advantage and weight: [B] -> a float
     CLIPS[loss] is (eps_low, eps_high). "gspo" has one ratio per trace: exp of the mean log-ratio

@@ -25,7 +25,7 @@ def unmask_observations(trace: Trace) -> list[int]:
 
 
 def gradient_per_token(model: Transformer, ids: list[int], mask: list[int]) -> Tensor:
-    """The norm of the loss's gradient at the state that predicts each token, (T,). [0] is 0.
+    """For each token t, the norm of d loss / d state[t - 1], (T,). The first is 0.
 
     loss = - sum of log p(ids[t] | ids[:t]) over all t with mask[t] = 1 (no padding, no mean).
     model(ids) gives the states: ids (B, T) -> (B, T, D). The state at t - 1 predicts the token at

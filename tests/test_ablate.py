@@ -244,7 +244,7 @@ def test_a_cell_has_mean_and_deviation_over_the_seeds_with_a_value():
 
 
 def test_tables_go_between_their_marks_and_nowhere_else():
-    page = "a\n<!-- table: x -->\n\nold\nold\n\n<!-- end -->\nb\n<!-- table: y -->\n\n\n<!-- end -->\n"
+    page = "a\n<!-- table: x -->\n\nold\nold\n\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
     made = {"x": "| new |\n", "y": "| y |\n"}
     filled = report.fill(page, made)
     assert filled == "a\n<!-- table: x -->\n\n| new |\n\n<!-- end -->\nb\n<!-- table: y -->\n\n| y |\n\n<!-- end -->\n"
