@@ -265,7 +265,6 @@ def test_a_curve_has_the_means_until_the_next_evaluation(tmp_path):
     assert ablate.speed(tmp_path / "none") == {}
 
 
-@pytest.mark.skipif(not (RESULTS / "results.csv").exists(), reason="no results")
 def test_pages_and_figures_show_the_committed_results():
     found = report.by_row(lines(RESULTS / "results.csv"))
     made = report.tables(found, ablate.ROWS)
