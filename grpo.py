@@ -101,7 +101,7 @@ class GRPOConfig(StageConfig):
     turn_tokens: int = option(112, "new tokens per turn", real=512)
     trace_tokens: int = option(896, "tokens per trace, with prompt and observations", real=4096)
     sim_rows: int = option(64, "conversations of ToolMaker and ToolActor at once", real=32)
-    eval_every: int = option(4, "steps between two evaluations on held-out questions", real=10)
+    eval_every: int = option(4, "steps between two held-out evaluations", real=10)
     save_every: int = option(5, "steps between two checkpoints", real=1)
     graph: bool = option(False, GRAPH)
     plan: str = option("", "print the GPU memory that training this folder takes", bare=STAGE1)
@@ -378,7 +378,7 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
             batch = [t for t in minibatch if t in own]
             for part in micro_batches(batch, config.micro_tokens):
                 add_gradient(model, part, config, sums)
-            if any(t in learned for t in minibatch):
+            if any(t in learned for t in minibatch):  # all ranks step together
                 ranks.sum_gradients(model)
                 norms.append(optimizer_step(model, optimizer, lr, config.clip_norm))
 

@@ -530,7 +530,7 @@ class Sampler:
             new, logprob = draw(self.model.head(states), uniform_of[index, step], temperature)
             ids[index, step] = new
             logprobs[index, step] = logprob
-            count[index] += 1  # the host would have to send step + 1
+            count[index] += 1  # = step + 1, but without an upload
             done = torch.isin(new, self.stop) | (limit_of[index] <= step + 1)
             done = done.tolist()  # here the host waits for the device, once per step
             if any(done):

@@ -6,7 +6,7 @@ Each process, called a rank, holds the whole model. It rolls out its share of a 
 Then each rank gets the traces of all ranks, so all of them compute the same advantages and weights.
 Each adds the gradient of its share of the traces. The gradients are summed, and all ranks take the
 same optimizer step. sft.py shares the conversations of a step in the same way. Rank 0 alone writes.
-Without torchrun there is one rank, and nothing here does anything.
+Without torchrun there is one rank, and its share is everything.
 """
 import atexit
 import os

@@ -46,7 +46,6 @@ from data import InputError
 from data.folders import is_finished
 from data.options import run_main
 from data.results import maker_shares
-from data.score import exact_match
 from data.support import collect_evidence
 from data.tools import blanked, real, shuffled
 from data.training import choose_questions, micro_batches, schedule, spans_of_ones
@@ -62,7 +61,9 @@ COLUMNS = ["row", "seed", "em_greedy", "em_sampled", "f1", "grammar", "valid_cal
            "em_half", "steps", "seconds", "eval_seconds", "note", "commit", "date"]
 CURVE = ["row", "seed", "step", "heldout_sampled", "heldout_greedy", "calls", "reward"]
 
-# ------------------------------------------------------------------------------------- training by other means
+REJECTION_LR = sft.SFTConfig.lr / 2  # as SFT continued has it
+
+# ------------------------------------------------------------------------------------------------ ways to train
 
 
 def train_sft(row: "Row", run: Path, seed: int, toy: bool) -> Path:
@@ -73,7 +74,7 @@ def train_sft(row: "Row", run: Path, seed: int, toy: bool) -> Path:
 
 
 def train_continued(row: "Row", run: Path, seed: int, toy: bool) -> Path:
-    """More SFT for about the seconds that GRPO takes: steps of .11 s on whole conversations."""
+    """More SFT, for about the seconds that GRPO takes."""
     config = sft.SFTConfig(out=str(run), seed=seed, **TOY_OPTIONS["sft"] if toy else row.options)
     shutil.copytree(stage1_of(row, run, seed), run / "sft", ignore=shutil.ignore_patterns("checkpoints"))
     sft.train_sft(config, continued=True)
@@ -90,7 +91,7 @@ def train_grpo(row: "Row", run: Path, seed: int, toy: bool) -> Path:
 def train_rejection(row: "Row", run: Path, seed: int, toy: bool) -> Path:
     """Rejection sampling: in each of four rounds, SFT for one epoch on the right ones of the newest model's traces.
 
-    It samples the traces of the questions that GRPO would train on, as many of them.
+    It samples as many traces as GRPO, of the same questions.
     """
     config = stage2_config(row, run, seed, toy)
     set_up(config)
@@ -116,14 +117,11 @@ def train_rejection(row: "Row", run: Path, seed: int, toy: bool) -> Path:
             for i, batch in enumerate(rng.sample(epoch, len(epoch))):
                 sft.train_step(model, [batch], config.micro_tokens)
                 optimizer_step(model, optimizer, REJECTION_LR * schedule(i, len(epoch), 0), config.clip_norm)
-            row_now, _ = grpo.score_heldout(simulator, agent, held_out)
+            scores, _ = grpo.score_heldout(simulator, agent, held_out)
             print(f"after {part[-1] + 1} rollouts: {len(right)} right traces, {len(epoch)} steps; held-out EM "
-                  f"{row_now['em_sampled']:.2f} sampled, {row_now['em_greedy']:.2f} greedy", flush=True)
+                  f"{scores['em_sampled']:.2f} sampled, {scores['em_greedy']:.2f} greedy", flush=True)
     save_model(model, tokenizer, run / "model")
     return run / "model"
-
-
-REJECTION_LR = 7.5e-4  # half of stage 1's, as SFT continued has it
 
 
 def stage2_config(row: "Row", run: Path, seed: int, toy: bool) -> GRPOConfig:
@@ -289,8 +287,7 @@ STD = replace(grpo.LOSSES["dr_grpo"], scale_std=True)
 ROWS = {
     "untrained": Row("main", "random weights", train=None),
     "sft": Row("main", "stage 1", 5, train_sft),
-    "sft_continued": Row("main", "1,500 more steps of SFT, about GRPO's seconds", 3, train_continued,
-                         options={"continued_steps": 1500}),
+    "sft_continued": Row("main", "1,500 more steps of SFT, about GRPO's seconds", 3, train_continued),
     "rejection": Row("main", "four rounds: SFT on the right ones of as many traces as GRPO samples", 5,
                      train_rejection),
     "grpo_answer": Row("main", "GRPO, reward = right answer", options={"w_answer": 1.0, "w_consistency": 0.0}),
@@ -391,15 +388,15 @@ def evaluate(policy: Path | None, stage1: Path, run: Path, seed: int, toy: bool)
     maker = maker_shares(simulator.boxes, held_out)
     columns |= {"economy": sum(economy) / len(held_out), "unseen": scores["by_set"].get("bamboogle"),
                 "maker_accepted": maker["accepted"], "maker_exact": maker["exact"]}
-    return {name: (scores | columns)[name] for name in COLUMNS if name in scores | columns}
+    found = scores | columns
+    return {name: found[name] for name in COLUMNS if name in found}
 
 
 def sampled_em(simulator: Simulator, agent, questions: list, backend: Callable) -> float:
     """EM at temperature 1, with the draws of score_heldout."""
     traces = simulator.traces(questions, 1, "eval")
     run_episodes(agent, backend, traces)
-    return fmean([exact_match(t.answer if t.status == "answered" else "", q.golds)
-                  for t, q in zip(traces, questions, strict=True)])
+    return fmean([grpo.measure(t, q.golds)["em"] for t, q in zip(traces, questions, strict=True)])
 
 
 def speed(run: Path) -> dict:

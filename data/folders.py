@@ -50,14 +50,14 @@ def gets_steps(folder: Path, options: dict, finished: bool) -> bool:
     """Whether a resumed stage gets more steps than it was begun with. InputError if another option
     or the content of its files has changed.
     """
-    begun = {"graph": False} | read_json(folder / "config.json")  # stage 1 does not have it
+    begun = read_json(folder / "config.json")  # of stage 1 or an older run: without graph
     grows = options["steps"] > begun.get("steps", 0)
     for name, value in json.loads(json.dumps(options)).items():
         free = name in FREE or (name == "steps" and (grows or finished))
         if not free and value != begun.get(name):
             other = CONTENTS.get(name, f"{begun.get(name)!r}, not {value!r}")
             raise InputError(f"{name}: the run in {folder} was started with {other}")
-    changed = [n for n in ("steps", "threads", "graph") if options.get(n, False) != begun.get(n)]
+    changed = [n for n in ("steps", "threads", "graph") if options.get(n, 0) != begun.get(n, 0)]
     if changed and (grows or not finished):
         print(f"{folder}: other {' and '.join(changed)} than at its start, so its weights will "
               "not be those of a run without a stop, bit for bit")

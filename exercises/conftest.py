@@ -1,14 +1,12 @@
 """pytest exercises                 tests your own functions: red until they are solved
 pytest exercises --solutions     tests the solutions: all green"""
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 torch.set_num_threads(1)
 
 

@@ -17,9 +17,8 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agents import run_episodes
-from data.score import exact_match
 from data.world import make_questions, make_world
-from grpo import GRPOConfig, Simulator
+from grpo import GRPOConfig, Simulator, measure
 from model import load
 from run import set_up
 
@@ -43,13 +42,13 @@ def score(folder: Path, each: int) -> list[dict]:
         asked = random.Random(hops).sample(pool, each)
         simulator.make_tools(asked)
         row = {"hops": hops, "n": each}
-        for name, agent.temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            agent.temperature = temperature
             traces = simulator.traces(asked, 1, "stops")
             with world.sealed():
                 for i in range(0, each, ROWS):
                     run_episodes(agent, simulator.actor.answer, traces[i:i + ROWS])
-            answers = [t.answer if t.status == "answered" else "" for t in traces]
-            scores = [exact_match(a, q.golds) for a, q in zip(answers, asked, strict=True)]
+            scores = [measure(t, q.golds)["em"] for t, q in zip(traces, asked, strict=True)]
             row[name] = round(fmean(scores), 3)
             if name == "sampled":
                 row["stopped"] = round(fmean([len(t.calls) < hops for t in traces]), 3)
