@@ -4,6 +4,7 @@
   python bench/floors.py step --shape 7b --rows 64 256    prefill and decode steps alone
   python bench/floors.py train --shape 3b                 a training pass and an optimizer step
   python bench/floors.py grpo --shape 1.5b                a whole GRPO step, part by part
+  python bench/floors.py why                              which kernels take the time, on a CPU
   python bench/floors.py check --shape 0.5b               is the engine right on this device?
   python bench/floors.py tables DIR                       tables from the files of bench/gpu.sh
 
@@ -376,6 +377,63 @@ def profile_train(shape: str, tokens: int, length: int, lora: int | None) -> Non
                       "recomputed": model.save_memory, **about()}))
 
 
+KINDS = {"matrix products": ("mm", "addmm", "bmm"),
+         "fused attention": ("_scaled_dot_product_flash_attention_for_cpu",
+                             "_scaled_dot_product_flash_attention_for_cpu_backward"),
+         "softmax": ("_softmax", "_softmax_backward_data", "_log_softmax",
+                     "_log_softmax_backward_data"),
+         "copies and casts": ("copy_", "cat", "index", "_index_put_impl_", "index_select")}
+
+
+def kernel_times(work, calls: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds and number of kernels of each kind, per call of `work`."""
+    work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    kind_of = {f"aten::{name}": kind for kind, names in KINDS.items() for name in names}
+    found = {kind: [0.0, 0] for kind in (*KINDS, "other")}
+    for event in profile.key_averages():
+        row = found[kind_of.get(event.key, "other")]
+        row[0] += event.self_cpu_time_total / 1e3 / calls
+        row[1] += event.count / calls
+    return {kind: tuple(row) for kind, row in found.items()}
+
+
+def profile_why(shape: str) -> None:
+    """Split a training pass of 24 x 170 tokens and a decode step of 64 rows by kinds of kernels."""
+    model, _ = trainable(shape, 0)
+    dtype, size = training_dtype(model), model.config.vocab_size
+    peaks, _ = machine("cpu", [dtype, model.dtype])
+    rng = np.random.default_rng(0)
+    traces = [random_trace(170, size, rng) for _ in range(24)]
+    plan = Plan(rng.integers(0, size, (8, 265)).tolist(), 8, [[40]] * 64, [[[]]] * 64)
+    sampler = Sampler(model, NO_STOP, 64, plan.slots)
+
+    def train():
+        logprobs, _, _ = sft.trace_logprobs(model, traces)
+        (-logprobs.mean()).backward()
+
+    def decode(steps: int):  # the first id comes from the prefill
+        sampler.reset()
+        rows = sampler.open(plan.prompts, 8)
+        sampler.sample(rows, [steps + 1] * 64, rng.random((64, steps + 1), dtype=np.float32))
+
+    step, head = cost(model, 64, 1, 285)[0], head_cost(model, 64)[0]
+    parts = {"training pass": (kernel_times(train, 1), training_flops(model, traces), dtype)}
+    both = [kernel_times(partial(decode, steps), 40) for steps in (0, 40)]
+    steps = {kind: tuple(b - a for a, b in zip(*(times[kind] for times in both), strict=True))
+             for kind in both[0]}
+    parts["decode step"] = steps, step + head, model.dtype
+    for name, (times, flops, dtype) in parts.items():
+        total = sum(ms for ms, _ in times.values())
+        print(f"{name}: {total:.2f} ms; floor by FLOPs {1e3 * flops / peaks[dtype]:.2f} ms")
+        for kind, (ms, calls) in times.items():
+            print(f"  {kind:<17}{ms:8.2f} ms  {ms / total:4.0%}  {calls:5.0f} calls")
+    print(json.dumps({"shape": shape, **about(), "parts": {
+        name: {kind: round(ms, 3) for kind, (ms, _) in times.items()}
+        for name, (times, _, _) in parts.items()}}))
+
+
 def forced_rollout(sampler: Sampler, plan: Plan, seed: int, temperature: float = 1.0
                    ) -> list[Trace]:
     """Sample the planned lengths, with the planned observations -> traces with log-probabilities.
@@ -654,7 +712,7 @@ def tables(folder: Path) -> str:
 
 
 def main() -> None:
-    """python bench/floors.py run | step | train | grpo | check | tables"""
+    """python bench/floors.py run | step | train | grpo | why | check | tables"""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_options(commands.add_parser("run", help="the run of mtr.py"), mtr.RunConfig)
@@ -675,8 +733,9 @@ def main() -> None:
     for command in (train, whole):
         command.add_argument("--lora", type=int, help="rank of adapters; 0: all weights (default: "
                              "16 if all weights don't fit the GPU, else 0)")
+    why = commands.add_parser("why", help="which kernels take the time, on a CPU")
     right = commands.add_parser("check", help="is the engine right on this device?")
-    for command in (step, train, whole, right):
+    for command in (step, train, whole, why, right):
         command.add_argument("--shape", choices=SHAPES, default="miniature")
         command.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     made = commands.add_parser("tables", help="the GPU tables of README.md, as far as they are known")
@@ -688,8 +747,8 @@ def main() -> None:
     if command == "tables":
         return print(tables(options["folder"]))
     set_up(Config(threads=options.pop("threads")), checkpoint=True)
-    {"step": profile_step, "train": profile_train, "grpo": profile_grpo, "check": check
-     }[command](**options)
+    {"step": profile_step, "train": profile_train, "grpo": profile_grpo, "why": profile_why,
+     "check": check}[command](**options)
 
 
 if __name__ == "__main__":
