@@ -360,7 +360,7 @@ def store_logprobs(model: Transformer, traces: list[Trace], name: str, config: G
 def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer,
            traces: list[Trace], config: GRPOConfig, lr: float) -> dict[str, float]:
     """The optimizer steps of one rollout -> what to log; most are means per sampled token."""
-    learned = [t for t in traces if t.advantage != 0 or config.beta > 0]  # they have a gradient
+    learned = [t for t in traces if t.advantage != 0 or config.beta > 0]
     own = ranks.share(learned)
     if config.epochs * config.minibatches > 1:
         store_logprobs(model, own, "old", config)
@@ -388,8 +388,9 @@ def update(model: Transformer, reference: Transformer, optimizer: torch.optim.Op
     log |= {"loss": sums["loss"] / max(1, len(norms)), "updates": len(norms),
             "grad_norm": float(np.mean(norms)) if norms else 0.0}
     if learned:  # how much the log-probabilities of sampler and trainer differ
-        gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in own]
-        gap = np.abs(np.concatenate(ranks.gather(gaps)))
+        ranks.exchange(learned, "old")
+        gaps = [np.subtract(t.logprobs, t.old)[np.array(t.mask) == 1] for t in learned]
+        gap = np.abs(np.concatenate(gaps))
         log |= {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
     return log
 
@@ -472,8 +473,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         # Log.
         row |= summary(traces, rewards, config) | log
         row["memo_hits"] = (actor.remembered - remembered) / max(1, actor.asked - asked)
-        row["time_sample"] = middle - start
-        row["time_train"] = end - middle
+        row |= {"time_sample": middle - start, "time_train": end - middle}
         run.log(row)
         shown = KEPT * config.group
         run.save_traces(step, traces[:shown], golds[:shown], rewards[:shown])

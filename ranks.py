@@ -1,6 +1,6 @@
 """torchrun: several processes train one model. You may skip this file.
 
-    torchrun --nproc-per-node 2 --local-ranks-filter 0 grpo.py --out RUN --data FILE
+    torchrun --nproc-per-node 2 grpo.py --out RUN --data FILE
 
 Each process, called a rank, holds the whole model. It rolls out its share of a step's questions.
 Then each rank gets the traces of all ranks, so all of them compute the same advantages and weights.
@@ -10,22 +10,36 @@ Without torchrun there is one rank, and its share is everything.
 """
 import atexit
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partialmethod
+from io import StringIO
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+PATIENCE = timedelta(hours=2)  # the others wait while rank 0 writes a checkpoint
 
 
-def join(device: str) -> None:
-    """Meet the other ranks that torchrun has started. Each rank of a machine gets its own GPU."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
+def join(device: str) -> str:
+    """Meet the other ranks that torchrun has started -> the device of this rank, its own GPU."""
+    if "RANK" not in os.environ:
+        return device
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        gpu = torch.device(device) if device.startswith("cuda") else None
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    if rank() > 0:  # errors of all ranks are shown, all else only of rank 0
+        sys.stdout = StringIO()
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return device
 
 
 def size() -> int:
@@ -71,6 +85,13 @@ def gather(own: list, group: int = 1) -> list:
     for number, part in enumerate(parts):
         merged[number::size()] = part
     return sum(merged, [])
+
+
+def exchange(items: list, name: str) -> None:
+    """Give all ranks an attribute of all items that each rank has set for its share."""
+    values = gather([getattr(item, name) for item in share(items)])
+    for item, value in zip(items, values, strict=True):
+        setattr(item, name, value)
 
 
 def add_up(values: dict[str, float]) -> dict[str, float]:

@@ -37,7 +37,7 @@ def half_supported(kind: str) -> bool:
 
 def weights_type() -> torch.dtype:
     """bfloat16 on a GPU that computes in it and with --precision bfloat16, else float32."""
-    half = chosen["device"] == "cuda" and half_supported("cuda")
+    half = chosen["device"].startswith("cuda") and half_supported("cuda")
     if chosen["precision"] != "auto":
         half = chosen["precision"] == "bfloat16"
     return torch.bfloat16 if half else torch.float32
@@ -61,7 +61,7 @@ def set_up(config: Config, checkpoint: bool = False) -> None:
     chosen["device"] = auto if config.device == "auto" else config.device
     chosen["precision"] = config.precision
     if checkpoint:  # the miniature needs one process only
-        ranks.join(chosen["device"])
+        chosen["device"] = ranks.join(chosen["device"])
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new length

@@ -34,7 +34,7 @@ part() { # name, seconds, program and arguments; its last line is JSON
     failed "$name" 124
     return
   fi
-  timeout -k 5 "$limit" "$python" "$@" > "$out/$name.log" 2>&1
+  timeout -s INT -k 10 "$limit" "$python" "$@" > "$out/$name.log" 2>&1
   code=$?
   if ((code)) || ! tail -n 1 "$out/$name.log" | python3 -m json.tool > /dev/null 2>&1; then
     failed "$name" "$code"
@@ -66,12 +66,14 @@ else
   part train-3b 45 bench/floors.py train --shape 3b
   part train-7b 45 bench/floors.py train --shape 7b --lora 16
   part grpo-1.5b 60 bench/floors.py grpo --shape 1.5b
-  part memory-7b 150 bench/memory.py --shape 7b --lora 16 --turn-tokens 64 --max-turns 2
   part grpo-7b 75 bench/floors.py grpo --shape 7b --lora 16
   part memory-0.5b 75 bench/memory.py --shape 0.5b --turn-tokens 64 --max-turns 2
   part rollout-0.5b 60 bench/rollout.py --shape 0.5b --questions 8 --group 8 --rounds 1 --threads 8 \
     --sides ours reprefill kept_shared --no-greedy-check
+  part memory-7b 150 bench/memory.py --shape 7b --lora 16 --turn-tokens 64 --max-turns 2
 fi
 "$python" bench/floors.py tables "$out" > "$out/tables.md" && cat "$out/tables.md"
-grep -q '"ok": true, "greedy"' "$out/check.json" 2> /dev/null || echo "A CHECK HAS FAILED: see $out/check.json"
+case " ${PARTS:-check} " in
+  *" check "*) grep -q '"ok": true, "greedy"' "$out/check.json" || echo "A CHECK HAS FAILED: see $out/check.json" ;;
+esac
 echo "done after $SECONDS s; $out"

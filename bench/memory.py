@@ -96,10 +96,13 @@ def measure(stage: str, flags: list[str], marker: Path) -> dict:
     before = peak = memory_of(process.pid, "VmRSS")
     process.stdin.write("go\n")
     process.stdin.flush()
-    while process.poll() is None:
-        if not marker.exists():
-            peak = max(peak, memory_of(process.pid, "VmRSS"))
-        time.sleep(0.005)
+    try:
+        while process.poll() is None:
+            if not marker.exists():
+                peak = max(peak, memory_of(process.pid, "VmRSS"))
+            time.sleep(0.005)
+    finally:  # Ctrl-C stops the stage, too
+        process.kill()
     if process.returncode:
         raise SystemExit(f"memory.py: {stage}.py has ended with code {process.returncode}")
     return {"peak": (peak - before) / 1e9} | json.loads(process.stdout.read().splitlines()[-1])

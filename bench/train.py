@@ -191,7 +191,7 @@ def our_grpo(side: str, args: argparse.Namespace, request, reply) -> None:
     logprobs, _, mask = sft.trace_logprobs(model, traces)
     sums = dict.fromkeys(("kl", "clip_low", "clip_high", "loss", "entropy", "tokens"), 0.0)
     grpo.add_gradient(model, traces, config, sums)
-    reply(logprobs=logprobs[mask].tolist(), gradient=gradient_of(model), loss=sums["loss"])
+    reply(logprobs=logprobs[mask].tolist(), gradient=gradient_of(model))
     model.zero_grad(set_to_none=True)
 
     optimizer = make_optimizer(model, LR, 0.0, momentum=0.5)
@@ -279,7 +279,7 @@ def trl_side(side: str, args: argparse.Namespace, request, reply) -> None:
     with trainer.compute_loss_context_manager():
         loss = trainer._compute_loss(model, inputs)
     loss.backward()
-    reply(logprobs=logprobs.flatten().tolist(), gradient=gradient_of(model), loss=loss.item())
+    reply(logprobs=logprobs.flatten().tolist(), gradient=gradient_of(model))
     model.zero_grad(set_to_none=True)
     trainer.args.steps_per_generation = all_rows // rows
     trainer._metrics["train"].clear()
@@ -339,14 +339,15 @@ def time_grpo(args: argparse.Namespace) -> dict:
 
 
 def check_grpo(sides: dict[str, Worker]) -> dict:
-    """Log-probabilities, loss and gradient of TRL beside ours in the same precision."""
+    """Log-probabilities and gradient of TRL beside ours in the same precision. At ratio 1 the loss
+    is about 0 for any model, so it says nothing.
+    """
     found = {}
     for name, worker in sides.items():
         if not name.startswith("trl"):
             continue
         ours = sides["ours_float32" if "float32" in name else "ours"].first
         errors = {key: near(worker.first[key], ours[key]) for key in ("logprobs", "gradient")}
-        errors["loss"] = abs(worker.first["loss"] - ours["loss"])
         found[name] = errors
         print(f"{name}: differs from ours by", {k: f"{v:.1e}" for k, v in errors.items()},
               flush=True)
@@ -436,7 +437,9 @@ def sft_side(side: str, args: argparse.Namespace, request, reply) -> None:
 
 
 def time_sft(args: argparse.Namespace) -> dict:
-    """The part `sft`. A process makes one step, because two would not share the memory."""
+    """The part `sft`. The memory does not hold two sides at once. So a process makes one step, which
+    holds all that a first step sets up, and ends.
+    """
     model = Transformer(SHAPES["tiny"])  # of the type that is trained
     run.chosen["precision"] = args.precision
     dtype = floors.training_dtype(model)

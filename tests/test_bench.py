@@ -127,6 +127,19 @@ def test_a_table_by_hand():
     assert floors.table(["a", "b", "c", "d"], [[1, None, None, None]]).endswith("| 1 | | | |\n")
 
 
+def test_the_kernels_of_a_step_are_counted(capsys):
+    """A decode step of two layers: seven products per layer and the head, one attention per layer."""
+    floors.profile_why("tiny")
+    lines = capsys.readouterr().out.splitlines()
+    L = floors.SHAPES["tiny"].num_hidden_layers
+    step = lines[next(i for i, line in enumerate(lines) if line.startswith("decode step")):]
+    calls = {kind: int(re.search(rf"  {kind} .* (\d+) calls", "\n".join(step))[1]) for kind in floors.KINDS}
+    assert (calls["matrix products"], calls["fused attention"], calls["softmax"]) == (7 * L + 1, L, 1)
+    assert calls["element by element"] > 10 < calls["copies and lookups"]
+    for times in json.loads(lines[-1])["parts"].values():
+        assert times["all"] == pytest.approx(sum(ms for kind, ms in times.items() if kind != "all"), abs=0.01)
+
+
 # ------------------------------------------------------------------------------------------------------ arithmetic
 
 

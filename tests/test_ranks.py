@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory, tokenizer):
     return folder
 
 
-def train(stage, out, checkpoint, *flags, processes=2, die="none 0 0"):
+def train(stage, out, checkpoint, *flags, processes=2, die="none 0 0", dead=""):
     """Run one stage of the toy with several processes -> what the process says."""
     out.mkdir(exist_ok=True)
     if stage == "sft":
@@ -52,7 +52,7 @@ def train(stage, out, checkpoint, *flags, processes=2, die="none 0 0"):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launch, TESTS / "toy_run.py", stage, out, "--threads", "1", *FLAGS[stage], *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env={
-        "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "DIE": die, "FLOAT64": "1"})
+        "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "DIE": die, "DEAD_RANK": dead, "FLOAT64": "1"})
 
 
 def same(one, two, stage):
@@ -74,7 +74,8 @@ def same(one, two, stage):
 
 @pytest.mark.parametrize("flags", [
     ["--loss", "grpo", "--epochs", "2"], ["--loss", "dapo", "--epochs", "2", "--minibatches", "2"],
-    ["--loss", "dr_grpo", "--epochs", "2", "--beta", "0.1"], ["--loss", "gspo", "--epochs", "2"], ["--loss", "dr_grpo"]],
+    ["--loss", "dr_grpo", "--epochs", "2", "--beta", "0.1"], ["--loss", "gspo", "--epochs", "2"], ["--loss", "dr_grpo"],
+    ["--loss", "dapo", "--questions", "1", "--group", "2", "--minibatches", "2"]],
     ids=lambda flags: " ".join(flags))
 def test_two_processes_train_what_one_trains(tmp_path, checkpoint, flags):
     for name, processes in (("one", 1), ("two", 2)):
@@ -83,7 +84,13 @@ def test_two_processes_train_what_one_trains(tmp_path, checkpoint, flags):
     same(tmp_path / "one", tmp_path / "two", "grpo")
     traces = [[json.loads(line) for line in (tmp_path / name / "grpo" / "traces.jsonl").read_text().splitlines()]
               for name in ("one", "two")]
-    assert [(t["ids"], t["mask"], t["rewards"]) for t in traces[0]] == [(t["ids"], t["mask"], t["rewards"]) for t in traces[1]]
+    assert len(traces[0]) == len(traces[1]) > 5
+    for a, b in zip(*traces, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            near = key in ("old", "logprobs", "advantage", "weight")
+            assert a[key] == (pytest.approx(b[key], abs=2e-5) if near else b[key]), key
+    assert any(t["old"] for t in traces[1])
     before = load_file(checkpoint / "model" / "model.safetensors")
     after = load_file(tmp_path / "two" / "grpo" / "model" / "model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before), "it has learned something"
@@ -96,10 +103,12 @@ def test_stage_1_shares_its_conversations(tmp_path, checkpoint):
     same(tmp_path / "one", tmp_path / "two", "sft")
 
 
-def test_two_processes_go_on_after_a_kill(tmp_path, checkpoint):
-    """Killed in the update of step 1, and resumed: equal to a run that was not killed."""
+@pytest.mark.parametrize("dead", ["0", "1"])
+def test_two_processes_go_on_after_a_kill(tmp_path, checkpoint, dead):
+    """Killed in the update of step 1, and resumed: equal to a run that was not killed. One process dies, and the other
+    waits for it until torchrun stops it."""
     assert train("grpo", tmp_path / "whole", checkpoint).returncode == 0
-    done = train("grpo", tmp_path / "killed", checkpoint, die="update 1 0.0")
+    done = train("grpo", tmp_path / "killed", checkpoint, die="update 1 0.0", dead=dead)
     assert done.returncode != 0 and not (tmp_path / "killed" / "grpo" / "model").exists()
     done = train("grpo", tmp_path / "killed", checkpoint, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -122,3 +131,24 @@ def test_gather_restores_the_order_of_one_process(n, group, size, monkeypatch):
         parts.append(ranks.share(blocks))
     monkeypatch.setattr(ranks, "everyone", lambda own: parts)
     assert ranks.gather([], group) == items
+
+
+def test_each_rank_has_its_own_gpu(monkeypatch, capsys):
+    """Weights go to the card of the rank: the bare name "cuda" would be card 0 for all. Rank 0 alone prints."""
+    calls = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(ranks.torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **more: calls.append((backend, more)))
+    monkeypatch.setattr(ranks.atexit, "register", lambda function: None)
+    monkeypatch.setattr(ranks, "rank", lambda: 3)
+    monkeypatch.setattr(ranks.sys, "stdout", sys.stdout)  # so that it comes back
+    monkeypatch.setattr(ranks.tqdm, "__init__", ranks.tqdm.__init__)
+    assert ranks.join("cuda") == "cuda:1"
+    print("this is rank 3")
+    assert ranks.tqdm([]).disable
+    assert calls == ["cuda:1", ("nccl", {"device_id": torch.device("cuda", 1), "timeout": ranks.PATIENCE})]
+    assert not capsys.readouterr().out
+    assert ranks.join("cpu") == "cpu" and calls[-1] == ("gloo", {"device_id": None, "timeout": ranks.PATIENCE})
+    monkeypatch.delenv("RANK")
+    assert ranks.join("cuda") == "cuda" and len(calls) == 3

@@ -5,7 +5,7 @@ in OUT/lesson.json, with a tokenizer of 500 ids. In stage 2 every turn is a call
 reward of stage 2 is one that random weights can earn. FLOAT64=1 in the environment computes in float64. Only 12
 questions are held out, which saves time. The run writes its phases with their times to OUT/phases. DIE="phase step
 seconds" in the environment kills it with SIGKILL: in that phase of that step, after that many seconds, or at the end
-of the phase at the latest."""
+of the phase at the latest. DEAD_RANK="1": of several processes only this one dies."""
 import json
 import os
 import signal
@@ -28,6 +28,8 @@ from data.options import run_main
 
 STAGE, OUT = sys.argv[1], Path(sys.argv[2])
 DIE = os.environ.get("DIE", "none 0 0").split()
+if os.environ.get("DEAD_RANK") not in (None, "", os.environ.get("RANK")):
+    DIE = ["none", "0", "0"]
 PHASES = os.open(OUT / "phases", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 os.write(PHASES, b"\n")  # a run that died has left a line without an end
 now = {"step": -1, "phase": None}
