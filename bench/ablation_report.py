@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 SCORES = {"em_sampled": "sampled EM", "em_greedy": "greedy EM", "unseen": "unseen paths", "em_real": "real tools",
           "em_blanked": "blanked", "em_shuffled": "shuffled"}
+MAIN = {"untrained": "nothing", "sft": "SFT", "sft_continued": "SFT, continued as long as GRPO takes",
+        "rejection": "SFT and rejection sampling", "grpo_answer": "SFT and GRPO, reward = right answer",
+        "grpo": "SFT and GRPO, the default"}
 BEHAVIOUR = {"f1": "F1", "grammar": "grammar", "valid_calls": "valid calls", "support": "support",
              "economy": "economy", "calls": "calls", "length": "length", "maker_accepted": "tools accepted",
              "maker_exact": "tools exact"}
@@ -40,17 +43,17 @@ def by_row(lines: list[dict]) -> dict[str, dict[int, dict]]:
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def number(value: float, column: str) -> str:
-    return f"{value:.0f}" if column in ("length", "seconds") else f"{value:.3f}"
+def number(value: float, column: str, digits: int = 3) -> str:
+    return f"{value:.0f}" if column in ("length", "seconds") else f"{value:.{digits}f}"
 
 
-def cell(of_row: dict[int, dict], column: str) -> str:
+def cell(of_row: dict[int, dict], column: str, digits: int = 3) -> str:
     """mean ± standard deviation over the seeds that have a value."""
     values = [float(line[column]) for line in of_row.values() if line[column]]
     if not values:
         return ""
-    spread = f" ± {number(stdev(values), column)}" if len(values) > 1 else ""
-    return number(fmean(values), column) + spread
+    spread = f" ± {number(stdev(values), column, digits)}" if len(values) > 1 else ""
+    return number(fmean(values), column, digits) + spread
 
 
 def difference(of_row: dict[int, dict], other: dict[int, dict], column: str = "em_sampled") -> str:
@@ -124,11 +127,11 @@ def time_table(found: dict, rows: dict) -> str:
 def readme_table(found: dict, rows: dict) -> str:
     """The main rows in short."""
     body = []
-    for name, row in rows.items():
-        if row.table == "main" and name in found:
+    for name, title in MAIN.items():
+        if name in found:
             compared = "" if name == "grpo" else difference(found[name], found.get("grpo", {}))
-            body.append([row.text, str(len(found[name])), cell(found[name], "em_sampled"),
-                         cell(found[name], "em_greedy"), cell(found[name], "calls"), compared])
+            body.append([title, str(len(found[name])), cell(found[name], "em_sampled", 2),
+                         cell(found[name], "em_greedy", 2), cell(found[name], "calls", 1), compared])
     return table(["trained by", "seeds", "sampled EM", "greedy EM", "calls", "sampled EM against GRPO"], body)
 
 

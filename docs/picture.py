@@ -1,6 +1,7 @@
 """SVG pictures, in a light and a dark theme. figures.py and the course draw with it."""
 import math
 from html import escape
+from itertools import groupby
 
 WIDTH = 800
 LEFT = 24
@@ -106,3 +107,9 @@ def whole_ticks(last: int) -> list[int]:
     gaps = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
     gap = next(gap for gap in gaps if last <= 8 * gap)
     return list(range(0, last + 1, gap))
+
+
+def segments(trace: dict) -> list[tuple[int, int]]:
+    """The tokens after the prompt: (1, number of own ones), (0, number of given ones), ..."""
+    start = trace["mask"].index(1)
+    return [(own, len(list(part))) for own, part in groupby(trace["mask"][start:])]

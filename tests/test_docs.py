@@ -181,8 +181,8 @@ def test_the_command_copies_draws_and_checks(tmp_path, bpe):
     result = run_program("--from", run, program=program)
     assert result.returncode == 2 and result.stderr.endswith(f"--from: no run in {run}\n")
     committed = DOCS / "run"
-    ids = {"ids": [1], "mask": [1], "logprobs": [0.0], "old": [0.0]}
-    group = [json.dumps(record | ids) + "\n" for record in figures.read_lines(committed / "group.jsonl")]
+    more = {"logprobs": [0.0]}
+    group = [json.dumps(record | more) + "\n" for record in figures.read_lines(committed / "group.jsonl")]
     (run / "grpo" / "traces.jsonl").write_text((committed / "story.jsonl").read_text() + "".join(group))
     lines = [f"unused,{line}" for line in (committed / "grpo.csv").read_text().splitlines()]
     (run / "grpo" / "metrics.csv").write_text("\n".join(lines) + "\n")

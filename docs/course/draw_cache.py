@@ -1,29 +1,8 @@
 """The figure of chapter 3: the KV cache of a group in the middle of a rollout."""
-import json
-
-from picture import LEFT, LINE, WIDTH, Picture
+from picture import LEFT, LINE, WIDTH, Picture, segments
 
 PROMPT = 96  # width of the prompt, which isn't drawn to scale
 TURN = 4  # the turn that all rows have ended, or finished before
-
-
-def segments(tokenizer, trace: dict, turns: int) -> list[tuple[int, int]]:
-    """The tokens after the prompt, up to the end of a turn: (1, own tokens), (0, given tokens)."""
-    found = []
-    for turn in trace["turns"][:turns]:
-        own = f"<think>{turn['thought']}</think>"
-        given = "\n<|im_start|>user"
-        for call in turn["calls"]:
-            body = json.dumps({"name": call["name"], "arguments": call["arguments"]})
-            own += f"\n<tool_call>\n{body}\n</tool_call>"
-            result = json.dumps(call["observation"])
-            given += f"\n<tool_response>\n{result}\n</tool_response>"
-        if not turn["calls"]:
-            own += f"\n<answer> {turn['answer']}</answer>"
-        given += "<|im_end|>\n<|im_start|>assistant\n"
-        found += [(1, len(tokenizer.encode(own + "<|im_end|>").ids)),
-                  (0, len(tokenizer.encode(given).ids))]
-    return found[:-1]  # the observations of the last turn are still to come
 
 
 def legend(picture: Picture) -> None:
@@ -44,7 +23,7 @@ def draw(picture: Picture, run: dict) -> str:
                  font_weight="bold", font_size=22)
     picture.y += 36
     legend(picture)
-    rows = [(chr(ord("a") + i), segments(run["tokenizer"], trace, TURN),
+    rows = [(chr(ord("a") + i), segments(trace)[:2 * TURN - 1],
              len(trace["turns"]) <= TURN) for i, trace in enumerate(run["group"])]
     rows.sort(key=lambda row: row[2])  # the active rows first, else in their order
     most = max(sum(n for _, n in parts) for _, parts, _ in rows)

@@ -1,45 +1,15 @@
 """The figure of chapter 6: how one group of traces pushes its tokens."""
-import json
-
-from picture import LEFT, WIDTH, Picture
+from picture import LEFT, WIDTH, Picture, segments
 
 STRIP = 262  # where the first token of a trace is drawn
 ROOM = WIDTH - LEFT - STRIP
 MOST = 896   # L_max of Dr. GRPO: --trace-tokens of the miniature
 
 
-def generated(turn: dict) -> str:
-    """The text of a turn in the strict form, as the model generated it."""
-    text = f"<think>{turn['thought']}</think>"
-    for call in turn["calls"]:
-        body = json.dumps({"name": call["name"], "arguments": call["arguments"]})
-        text += f"\n<tool_call>\n{body}\n</tool_call>"
-    if turn["answer"]:
-        text += f"\n<answer> {turn['answer']}</answer>"
-    return text + "<|im_end|>"
-
-
-def observed(turn: dict) -> str:
-    """The text between a turn and the next one."""
-    results = [f"\n<tool_response>\n{json.dumps(call['observation'])}\n</tool_response>"
-               for call in turn["calls"]]
-    text = f"<|im_start|>user{''.join(results)}<|im_end|>\n<|im_start|>assistant\n"
-    return "\n" + text if results else ""
-
-
-def segments(trace: dict, tokenizer) -> list[tuple[int, int]]:
-    """(1, number of own tokens), (0, number of given tokens), ... after the prompt."""
-    found = []
-    for turn in trace["turns"]:
-        for own, text in ((1, generated(turn)), (0, observed(turn))):
-            found.append((own, len(tokenizer.encode(text).ids)))
-    return [(own, number) for own, number in found if number]
-
-
 def draw(picture: Picture, run: dict) -> str:
     """Reward, advantage and tokens of each trace; then the weight of a token in each loss."""
     group = run["group"]
-    parts = [segments(trace, run["tokenizer"]) for trace in group]
+    parts = [segments(trace) for trace in group]
     rewards = [trace["rewards"]["reward"] for trace in group]
     mean = sum(rewards) / len(rewards)
     std = (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5
