@@ -439,7 +439,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
     """The loop of stage 2: roll out, reward, advantage, update, log, evaluate."""
     config = simulator.config
     actor = simulator.actor
-    rows = -(-config.questions // ranks.size()) * config.group
+    rows = -(-config.questions // ranks.world_size()) * config.group
     agent = simulator.agent(model, rows, config.temperature)
     # With beta1 0.9, old gradients dominate, and the policy overshoots.
     optimizer = make_optimizer(model, config.lr, 0.0, momentum=0.5, offload=config.offload)
@@ -477,7 +477,7 @@ def loop(simulator: Simulator, model: Transformer, plan: list[list[Question]],
         run.log(row)
         shown = KEPT * config.group
         run.save_traces(step, traces[:shown], golds[:shown], rewards[:shown])
-        if log.get("gap_mean", 0) > 0.05:  # more than rounding explains
+        if log.get("gap_mean", 0) > 0.05:  # more than rounding
             bar.write(f"step {step}: log-probabilities of sampler and trainer differ by "
                       f"{log['gap_mean']:.3f} in the mean")
         bar.set_postfix(reward=f"{row['reward']:.3f}", train_em=f"{row['em']:.3f}", refresh=False)
@@ -502,7 +502,7 @@ def train_grpo(config: GRPOConfig) -> None:
     # Broken question files are refused before anything is written.
     chosen = choose_questions(config, None) if config.data else None
     set_up(config, checkpoint=config.is_real())
-    with ranks.in_turn():
+    with ranks.rank0_first():
         start = stage1_model(config.out, config.sft, config.resume or ranks.rank() > 0)
     world = make_world(world_seed(config.out))
     plan, held_out = chosen or choose_questions(config, world)

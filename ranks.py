@@ -42,7 +42,7 @@ def join(device: str) -> str:
     return device
 
 
-def size() -> int:
+def world_size() -> int:
     """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -53,24 +53,24 @@ def rank() -> int:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def rank0_first() -> Iterator[None]:
     """Rank 0 runs the body first, then all others do."""
     if rank() > 0:
         dist.barrier()
     yield
-    if rank() == 0 and size() > 1:
+    if rank() == 0 and world_size() > 1:
         dist.barrier()
 
 
 def share(items: list) -> list:
-    """This rank's part of a list: every size()-th entry."""
-    return items[rank()::size()]
+    """This rank's part of a list: every world_size()-th entry."""
+    return items[rank()::world_size()]
 
 
-def everyone(value) -> list:
+def all_gather(value) -> list:
     """The value of each rank."""
-    values = [value] * size()
-    if size() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -80,10 +80,10 @@ def gather(own: list, group: int = 1) -> list:
 
     `group` consecutive entries belong to one item that share() gave.
     """
-    parts = everyone([own[i:i + group] for i in range(0, len(own), group)])
+    parts = all_gather([own[i:i + group] for i in range(0, len(own), group)])
     merged: list = [None] * sum(map(len, parts))
     for number, part in enumerate(parts):
-        merged[number::size()] = part
+        merged[number::world_size()] = part
     return sum(merged, [])
 
 
@@ -97,7 +97,7 @@ def exchange(items: list, name: str) -> None:
 def add_up(values: dict[str, float]) -> dict[str, float]:
     """The sums of the values of all ranks."""
     sums: dict[str, float] = defaultdict(float)
-    for part in everyone(dict(values)):
+    for part in all_gather(dict(values)):
         for name, value in part.items():
             sums[name] += value
     return sums
@@ -105,7 +105,7 @@ def add_up(values: dict[str, float]) -> dict[str, float]:
 
 def sum_gradients(model: torch.nn.Module) -> None:
     """Replace each gradient by its sum over the ranks. A rank without a share adds zeros."""
-    if size() == 1:
+    if world_size() == 1:
         return
     for weight in model.parameters():
         if weight.requires_grad:

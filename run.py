@@ -93,7 +93,7 @@ class Run:
         self.state = {"step": 0, "logs": {}}
         options = asdict(config) | {"sha256_of_model_and_data": fingerprint(*sources),
                                     "sha256_of_prompts": fingerprint(prompts.__file__)}
-        with ranks.in_turn():
+        with ranks.rank0_first():
             self.checkpoint = max((folder / "checkpoints").glob("[0-9]*"), default=None)
             self.finished = is_finished(folder)
             if ranks.rank() > 0:  # it reads where rank 0 goes on, and writes nothing

@@ -278,7 +278,7 @@ def train_step(model: Transformer, parts: list[list[Trace]], most: int) -> tuple
             total, _ = masked_loss(model, micro)
             (total / number / len(parts)).backward()
             loss += float(total.detach()) / number
-        losses.append(sum(ranks.everyone(loss)))
+        losses.append(sum(ranks.all_gather(loss)))
         tokens += number
     ranks.sum_gradients(model)
     return losses, tokens

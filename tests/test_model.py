@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_file
@@ -200,6 +201,19 @@ def test_training_in_half_precision_on_a_cpu_stays_near(tiny, heads, kv_heads):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert distance(model.head(states)[0], slow_forward(model, ids)) < (0.03 if half else 1e-5)
     assert distance(*gradients) < 0.05
+
+
+def test_the_fused_kernel_takes_over_where_the_scores_are_many(tiny, monkeypatch):
+    """Four heads, 1,449 tokens: more than 2^23 scores. With 1,448 tokens the plain formula stores fewer."""
+    attention, fused, calls = tiny(heads=4, kv_heads=2).model["layers"][0].self_attn, F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: calls.append(1) or fused(*args, **more))
+    numbers = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1449, 8, generator=numbers).bfloat16() for n in (4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = attention.attend(*[x[:, :, :1448] for x in (q, k, v)])
+        assert not calls
+        whole = attention.attend(q, k, v)
+    assert len(calls) == 1 and distance(whole[:, :, :1448].float(), plain.float()) < 0.02
 
 
 def test_init_weights_follow_the_seed_alone(tiny):

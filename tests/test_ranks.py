@@ -116,7 +116,7 @@ def test_two_processes_go_on_after_a_kill(tmp_path, checkpoint, dead):
 
 
 def test_one_process_has_all():
-    assert (ranks.size(), ranks.rank(), ranks.share([1, 2, 3]), ranks.everyone(4)) == (1, 0, [1, 2, 3], [4])
+    assert (ranks.world_size(), ranks.rank(), ranks.share([1, 2, 3]), ranks.all_gather(4)) == (1, 0, [1, 2, 3], [4])
     assert ranks.gather([1, 2, 3], 2) == [1, 2, 3] and ranks.add_up({"a": 1.0}) == {"a": 1.0}
 
 
@@ -124,12 +124,12 @@ def test_one_process_has_all():
 def test_gather_restores_the_order_of_one_process(n, group, size, monkeypatch):
     items = list(range(n))
     blocks = [items[i:i + group] for i in range(0, n, group)]
-    monkeypatch.setattr(ranks, "size", lambda: size)
+    monkeypatch.setattr(ranks, "world_size", lambda: size)
     parts = []
     for number in range(size):
         monkeypatch.setattr(ranks, "rank", lambda number=number: number)
         parts.append(ranks.share(blocks))
-    monkeypatch.setattr(ranks, "everyone", lambda own: parts)
+    monkeypatch.setattr(ranks, "all_gather", lambda own: parts)
     assert ranks.gather([], group) == items
 
 
