@@ -1,6 +1,7 @@
 """torchrun: two processes on a CPU (gloo) train what one process trains, and go on after a kill."""
 import csv
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from conftest import build_tiny
 from safetensors.torch import load_file
 
+import agents
 import ranks
 from model import save_model
 
@@ -52,7 +54,8 @@ def train(stage, out, checkpoint, *flags, processes=2, die="none 0 0", dead=""):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launch, TESTS / "toy_run.py", stage, out, "--threads", "1", *FLAGS[stage], *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env={
-        "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "DIE": die, "DEAD_RANK": dead, "FLOAT64": "1"})
+        "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "DIE": die, "DEAD_RANK": dead, "FLOAT64": "1",
+        "UTILITIES": "1"})
 
 
 def same(one, two, stage):
@@ -91,6 +94,7 @@ def test_two_processes_train_what_one_trains(tmp_path, checkpoint, flags):
             near = key in ("old", "logprobs", "advantage", "weight")
             assert a[key] == (pytest.approx(b[key], abs=2e-5) if near else b[key]), key
     assert any(t["old"] for t in traces[1])
+    assert all("calculator" in json.dumps(t["tools"]) for t in traces[1])
     before = load_file(checkpoint / "model" / "model.safetensors")
     after = load_file(tmp_path / "two" / "grpo" / "model" / "model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before), "it has learned something"
@@ -113,6 +117,14 @@ def test_two_processes_go_on_after_a_kill(tmp_path, checkpoint, dead):
     done = train("grpo", tmp_path / "killed", checkpoint, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     same(tmp_path / "whole", tmp_path / "killed", "grpo")
+
+
+def test_a_trace_that_was_sent_has_the_same_tools():
+    """The reward knows a utility tool by its code, so the code must be the same object."""
+    tools = list(agents.UTILITIES.values())
+    sent = pickle.loads(pickle.dumps(agents.Trace("How many?", tools))).tools
+    assert [tool.schema for tool in sent] == [tool.schema for tool in tools] and len(tools) == 4
+    assert all(a.run is b.run for a, b in zip(sent, tools, strict=True))
 
 
 def test_one_process_has_all():

@@ -5,7 +5,8 @@ in OUT/lesson.json, with a tokenizer of 500 ids. In stage 2 every turn is a call
 reward of stage 2 is one that random weights can earn. FLOAT64=1 in the environment computes in float64. Only 12
 questions are held out, which saves time. The run writes its phases with their times to OUT/phases. DIE="phase step
 seconds" in the environment kills it with SIGKILL: in that phase of that step, after that many seconds, or at the end
-of the phase at the latest. DEAD_RANK="1": of several processes only this one dies."""
+of the phase at the latest. DEAD_RANK="1": of several processes only this one dies.
+UTILITIES=1 gives every question a tool with code."""
 import json
 import os
 import signal
@@ -98,6 +99,8 @@ def main() -> None:
         watch(sft, "train_step", "update")
     else:
         agents.parse_turn, grpo.reward = always_call, reward
+        if os.environ.get("UTILITIES"):
+            agents.KINDS |= dict.fromkeys(agents.KINDS, ("calculator",))
         grpo.choose_questions = partial(few_held_out, grpo.choose_questions)
         watch(grpo, "run_episodes", "rollout")
         watch(grpo, "score_heldout", "evaluation")
