@@ -26,6 +26,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -318,22 +319,23 @@ for share in (0.0, 0.3, 0.6, 0.9):
 
 # Short runs for the course: a healthy one, and faults to know by their metrics.csv.
 SHORT = {"steps": 24}
+Sick = partial(Row, "sick", seeds=1, against="healthy")
 CONSISTENCY = {"w_answer": 0.0, "w_consistency": 1.0}
 ROWS |= {
-    "healthy": Row("sick", "nothing, 24 rollouts", 1, options=SHORT),
-    "sick_unmasked": Row("sick", "observations have mask 1", 1, options=SHORT, changes=ROWS["unmasked"].changes),
-    "sick_lr": Row("sick", "`--lr 3e-3`", 1, options=SHORT | {"lr": 3e-3}),
-    "sick_flat": Row("sick", "`--temperature 0.1`", 1, options=SHORT | {"temperature": 0.1}),
-    "sick_tool": Row("sick", "observations shuffled", 1, options=SHORT, changes=ROWS["tool_shuffled"].changes),
-    "sick_reward": Row("sick", "reward = consistency alone", 1, options=SHORT | CONSISTENCY),
-    "sick_groups": Row("sick", "groups of traces of different questions", 1, options=SHORT,
-                       changes={(grpo, "set_advantages"): wrong_groups}),
-    "sick_baseline": Row("sick", "no baseline: the advantage is the reward", 1, options=SHORT,
-                         changes={(grpo, "set_advantages"): no_baseline}),
-    "sick_ratio": Row("sick", "sampler at temperature 1.5, trainer at 1", 1, options=SHORT | {"temperature": 1.5},
-                      changes={(grpo, "trace_logprobs"): at_temperature_1}),
-    "sick_gradient": Row("sick", "gradients are not cleared", 1, options=SHORT,
-                         changes={(grpo, "optimizer_step"): step_that_keeps_gradients})}
+    "healthy": Sick("no fault, 24 rollouts", options=SHORT),
+    "sick_unmasked": Sick("observations have mask 1", options=SHORT, changes=ROWS["unmasked"].changes),
+    "sick_lr": Sick("`--lr 3e-3`", options=SHORT | {"lr": 3e-3}),
+    "sick_flat": Sick("`--temperature 0.1`", options=SHORT | {"temperature": 0.1}),
+    "sick_tool": Sick("observations shuffled", options=SHORT, changes=ROWS["tool_shuffled"].changes),
+    "sick_reward": Sick("reward = consistency alone", options=SHORT | CONSISTENCY),
+    "sick_groups": Sick("groups of traces of different questions", options=SHORT,
+                        changes={(grpo, "set_advantages"): wrong_groups}),
+    "sick_baseline": Sick("no baseline: the advantage is the reward", options=SHORT,
+                          changes={(grpo, "set_advantages"): no_baseline}),
+    "sick_ratio": Sick("sampler at temperature 1.5, trainer at 1", options=SHORT | {"temperature": 1.5},
+                       changes={(grpo, "trace_logprobs"): at_temperature_1}),
+    "sick_gradient": Sick("gradients are not cleared", options=SHORT,
+                          changes={(grpo, "optimizer_step"): step_that_keeps_gradients})}
 
 # ------------------------------------------------------------------------------------------------- one run
 
@@ -510,6 +512,8 @@ def main() -> None:
     if not options.report:
         done = {(line["row"], int(line["seed"])) for line in ablation_report.read(results)}
         runs = wanted(options.rows, options.seeds, done, options.out)
+        if not runs:
+            print(f"nothing to run: {results} has these rows and seeds")
         for number, (name, seed) in enumerate(runs, 1):
             print(f"{number}/{len(runs)}  {name}, seed {seed}: {ROWS[name].text}", flush=True)
             command = [sys.executable, __file__, "--here", "--rows", name, "--seeds", str(seed),

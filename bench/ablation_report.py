@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 SCORES = {"em_sampled": "sampled EM", "em_greedy": "greedy EM", "unseen": "unseen paths", "em_real": "real tools",
           "em_blanked": "blanked", "em_shuffled": "shuffled"}
-MAIN = {"untrained": "nothing", "sft": "SFT", "sft_continued": "SFT, continued as long as GRPO takes",
+MAIN = {"untrained": "random weights", "sft": "SFT", "sft_continued": "SFT, continued as long as GRPO takes",
         "rejection": "SFT and rejection sampling", "grpo_answer": "SFT and GRPO, reward = right answer",
         "grpo": "SFT and GRPO, the default"}
 BEHAVIOUR = {"f1": "F1", "grammar": "grammar", "valid_calls": "valid calls", "support": "support",
