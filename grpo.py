@@ -499,9 +499,9 @@ def evaluate_heldout(simulator: Simulator, agent: AutoAgent, held_out: list[Ques
 
 def train_grpo(config: GRPOConfig) -> None:
     """Run stage 2: OUT/sft/model -> OUT/grpo/model."""
+    set_up(config, checkpoint=config.is_real())
     # Broken question files are refused before anything is written.
     chosen = choose_questions(config, None) if config.data else None
-    set_up(config, checkpoint=config.is_real())
     with ranks.rank0_first():
         start = stage1_model(config.out, config.sft, config.resume or ranks.rank() > 0)
     world = make_world(world_seed(config.out))

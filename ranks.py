@@ -5,8 +5,7 @@
 Each process, called a rank, holds the whole model. It rolls out its share of a step's questions.
 Then each rank gets the traces of all ranks, so all of them compute the same advantages and weights.
 Each adds the gradient of its share of the traces. The gradients are summed, and all ranks take the
-same optimizer step. sft.py shares the conversations of a step in the same way. Rank 0 alone writes.
-Without torchrun there is one rank, and its share is everything.
+same optimizer step. sft.py shares conversations in the same way. Rank 0 alone writes.
 """
 import atexit
 import os
@@ -22,19 +21,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-PATIENCE = timedelta(hours=2)  # the others wait while rank 0 writes a checkpoint
+from data import InputError
 
 
-def join(device: str) -> str:
+def join(device: str, checkpoint: bool) -> str:
     """Meet the other ranks that torchrun has started -> the device of this rank, its own GPU."""
-    if "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    if not checkpoint:
+        raise InputError("torchrun: the miniature needs one process; start it with python")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    gpu = torch.device(device) if device.startswith("cuda") else None
     if not dist.is_initialized():
-        gpu = torch.device(device) if device.startswith("cuda") else None
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=PATIENCE)
+        patience = timedelta(hours=2)  # the others wait while rank 0 writes a checkpoint
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=patience)
         atexit.register(dist.destroy_process_group)
     if rank() > 0:  # errors of all ranks are shown, all else only of rank 0
         sys.stdout = StringIO()
@@ -76,9 +78,8 @@ def all_gather(value) -> list:
 
 
 def gather(own: list, group: int = 1) -> list:
-    """The lists of all ranks as one list, in the order that one process has.
-
-    `group` consecutive entries belong to one item that share() gave.
+    """The lists of all ranks as one list, in the order of one process. `group` consecutive entries
+    belong to one item that share() gave.
     """
     parts = all_gather([own[i:i + group] for i in range(0, len(own), group)])
     merged: list = [None] * sum(map(len, parts))

@@ -60,8 +60,7 @@ def set_up(config: Config, checkpoint: bool = False) -> None:
     auto = best if checkpoint else "cpu"
     chosen["device"] = auto if config.device == "auto" else config.device
     chosen["precision"] = config.precision
-    if checkpoint:  # the miniature needs one process only
-        chosen["device"] = ranks.join(chosen["device"])
+    chosen["device"] = ranks.join(chosen["device"], checkpoint)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new length

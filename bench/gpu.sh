@@ -4,11 +4,21 @@
 #   bash bench/gpu.sh --dry    the same parts at toy size on the CPU
 # The checks come first. Each part is a process with a time limit of its own, and writes OUT/PART.json and OUT/PART.log.
 # If a part fails or runs out of time, its JSON file holds the message, and the next part starts. OUT/tables.md holds the
-# tables. Settings: OUT, the folder (default: run/gpu); PARTS, the parts to run (default: all); PYTHON, the interpreter.
+# tables. Settings: OUT, the folder (default: run/gpu, with --dry run/gpu-dry); PARTS, the parts to run (default: all);
+# PYTHON, the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-run/gpu}
+case "${1:-}" in
+  "") out=${OUT:-run/gpu} ;;
+  --dry) out=${OUT:-run/gpu-dry} ;;
+  --help) sed -n '2,8s/^# //p' bench/gpu.sh; exit ;;
+  *) echo "gpu.sh: $1: expected nothing, --dry or --help" >&2; exit 2 ;;
+esac
 python=${PYTHON:-python}
+if [ -z "${1:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: no GPU found; --dry runs the same parts at toy size on the CPU" >&2
+  exit 2
+fi
 total=530 # seconds
 most=${MOST:-$total}
 mkdir -p "$out"

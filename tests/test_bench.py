@@ -74,6 +74,14 @@ esac
     assert done.returncode == 0 and "A CHECK HAS FAILED" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("words, code, said", [([], 2, "no GPU found"), (["--dri"], 2, "--dri: expected"),
+                                               (["--help"], 0, "bash bench/gpu.sh --dry")])
+def test_without_a_gpu_nothing_is_started(tmp_path, words, code, said):
+    done = run_gpu(tmp_path / "out", *words)
+    assert done.returncode == code and said in done.stdout + done.stderr and not (tmp_path / "out").exists()
+
+
 def gpu_commands():
     """The program and arguments of each part on a card."""
     text = (ROOT / "bench" / "gpu.sh").read_text().partition("\nelse\n")[2].replace("\\\n", " ")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import agents
 import ranks
+from data import InputError
 from model import save_model
 
 TESTS = Path(__file__).resolve().parent
@@ -148,7 +150,7 @@ def test_gather_restores_the_order_of_one_process(n, group, size, monkeypatch):
 def test_each_rank_has_its_own_gpu(monkeypatch, capsys):
     """Weights go to the card of the rank: the bare name "cuda" would be card 0 for all. Rank 0 alone prints."""
     calls = []
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(ranks.torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **more: calls.append((backend, more)))
@@ -156,11 +158,13 @@ def test_each_rank_has_its_own_gpu(monkeypatch, capsys):
     monkeypatch.setattr(ranks, "rank", lambda: 3)
     monkeypatch.setattr(ranks.sys, "stdout", sys.stdout)  # so that it comes back
     monkeypatch.setattr(ranks.tqdm, "__init__", ranks.tqdm.__init__)
-    assert ranks.join("cuda") == "cuda:1"
+    assert ranks.join("cuda", True) == "cuda:1"
     print("this is rank 3")
     assert ranks.tqdm([]).disable
-    assert calls == ["cuda:1", ("nccl", {"device_id": torch.device("cuda", 1), "timeout": ranks.PATIENCE})]
+    assert calls == ["cuda:1", ("nccl", {"device_id": torch.device("cuda", 1), "timeout": timedelta(hours=2)})]
     assert not capsys.readouterr().out
-    assert ranks.join("cpu") == "cpu" and calls[-1] == ("gloo", {"device_id": None, "timeout": ranks.PATIENCE})
-    monkeypatch.delenv("RANK")
-    assert ranks.join("cuda") == "cuda" and len(calls) == 3
+    assert ranks.join("cpu", True) == "cpu" and calls[-1] == ("gloo", {"device_id": None, "timeout": timedelta(hours=2)})
+    with pytest.raises(InputError, match="the miniature needs one process"):
+        ranks.join("cpu", False)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert ranks.join("cuda", True) == "cuda" and ranks.join("cpu", False) == "cpu" and len(calls) == 3
