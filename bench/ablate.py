@@ -43,23 +43,23 @@ import data.world
 import grpo
 import sft
 from agents import ToolActor, Trace, run_episodes
-from data import InputError
+from data import InputError, read_json
 from data.folders import is_finished
 from data.options import run_main
 from data.results import maker_shares
 from data.support import collect_evidence
 from data.tools import blanked, real, shuffled
-from data.training import choose_questions, micro_batches, schedule, spans_of_ones
+from data.training import choose_questions, schedule, spans_of_ones
 from data.world import HELD_OUT, make_questions, make_world
 from grpo import GRPOConfig, Simulator
 from model import Transformer, load, make_optimizer, optimizer_step, save_model
 from mtr import TOY_OPTIONS
-from run import set_up
+from run import half_supported, set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ["row", "seed", "em_greedy", "em_sampled", "f1", "grammar", "valid_calls", "support", "economy", "calls",
            "length", "em_real", "em_blanked", "em_shuffled", "unseen", "maker_accepted", "maker_exact", "rollouts_to_80",
-           "em_half", "steps", "seconds", "eval_seconds", "note", "commit", "date"]
+           "em_half", "steps", "seconds", "eval_seconds", "note", "commit", "date", "arithmetic"]
 CURVE = ["row", "seed", "step", "heldout_sampled", "heldout_greedy", "calls", "reward"]
 
 REJECTION_LR = sft.SFTConfig.lr / 2  # as SFT continued has it
@@ -114,8 +114,11 @@ def train_rejection(row: "Row", run: Path, seed: int, toy: bool) -> Path:
                 for i, trace in enumerate(traces):
                     if grpo.reward(trace, plan[step][i // config.group].golds, config)["em"] == 1:
                         right.append(trace)
-            epoch = micro_batches(right, sft.SFTConfig.agent_tokens)
-            for i, batch in enumerate(rng.sample(epoch, len(epoch))):
+            stream = sft.batches(right, sft.SFTConfig.agent_tokens, rng)
+            epoch = []
+            while sum(map(len, epoch)) < len(right):
+                epoch.append(next(stream))
+            for i, batch in enumerate(epoch):
                 sft.train_step(model, [batch], config.micro_tokens)
                 optimizer_step(model, optimizer, REJECTION_LR * schedule(i, len(epoch), 0), config.clip_norm)
             scores, _ = grpo.score_heldout(simulator, agent, held_out)
@@ -142,13 +145,17 @@ def stage1_of(row: "Row", run: Path, seed: int) -> Path:
 # -------------------------------------------------------------------------------------------- what rows replace
 
 
-def always_one(trace: Trace, evidence: list) -> float:
-    """A part of the reward that says nothing."""
-    return 1.0
-
-
 def without(part: str) -> dict:
-    return {(grpo, "PARTS"): grpo.PARTS | {part: always_one}}
+    """A reward whose part says nothing: it is 1 for each trace with an answer. The others stay as they are."""
+    def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float]:
+        scores = original_reward(trace, golds, config)
+        if trace.status == "answered":
+            scores[part] = 1.0
+            scores["consistency"] = fmean([scores[name] for name in grpo.PARTS])
+            scores["reward"] = config.w_answer * scores["answer"] + config.w_consistency * scores["consistency"]
+        return scores
+
+    return {(grpo, "reward"): reward}
 
 
 def unmasked(model: Transformer, traces: list[Trace], temperature: float = 1.0) -> tuple:
@@ -189,6 +196,17 @@ def step_that_keeps_gradients(model: Transformer, optimizer: torch.optim.Optimiz
     return norm
 
 
+# A broken ToolActor answers in rollouts. The held-out questions during training are answered by the whole one.
+
+
+def score_with_whole_tools(simulator: Simulator, agent, questions: list) -> tuple:
+    return original_score(simulator, agent, questions, partial(ToolActor.answer, simulator.actor))
+
+
+def broken(actor: type) -> dict:
+    return {(grpo, "ToolActor"): actor, (grpo, "score_heldout"): score_with_whole_tools}
+
+
 class BlankActor(ToolActor):
     """Every observation is an empty object."""
 
@@ -222,7 +240,8 @@ class WrongActor(ShuffledActor):
 
 # Credit by turn, after GiGPO (Feng et al. 2025, arXiv 2505.10978, eq. 6 to 8). Traces of a group whose observations
 # were equal so far stand at the same state. What a turn there led to is compared with what the other turns led to.
-# The advantage of a turn is that of its trace plus its own. No division by std, as in the default loss.
+# The advantage of a turn is that of its trace plus its own. No division by std, as in the default loss. By the
+# discount, the shorter ones of the right traces gain.
 DISCOUNT = 0.95  # gamma: per turn between this one and the end, as in the paper
 
 
@@ -265,6 +284,8 @@ def update_by_turn(model: Transformer, reference: Transformer, optimizer: torch.
 
 
 original_advantages = grpo.set_advantages
+original_reward = grpo.reward
+original_score = grpo.score_heldout
 original_update = grpo.update
 BY_TURN = {(grpo, "set_advantages"): set_turn_advantages, (grpo, "update"): update_by_turn}
 
@@ -297,22 +318,21 @@ for part in grpo.PARTS:
     ROWS[f"no_{part}"] = Row("parts", f"reward without {part}", changes=without(part))
 ROWS |= {
     "std": Row("parts", "advantage divided by the group's std", changes={(grpo, "LOSSES"): {"dr_grpo": STD}}),
-    "unmasked": Row("parts", "observations have mask 1", changes={(grpo, "trace_logprobs"): unmasked})}
+    "unmasked": Row("parts", "everything after the prompt has mask 1", changes={(grpo, "trace_logprobs"): unmasked})}
 for loss in grpo.LOSSES:
     ROWS[f"{loss}_4"] = Row("losses", f"`--loss {loss} --minibatches 4`", options={"loss": loss, "minibatches": 4},
-                            against="dr_grpo_4")
+                            against="grpo" if loss == "dr_grpo" else "dr_grpo_4")
 ROWS |= {
     "sft_tenth": Row("tenth", "a tenth of stage 1's steps", 3, train_sft, against="sft",
                      options={"steps": 130, "piece_steps": 15, "warmup": 10}),
     "grpo_tenth": Row("tenth", "GRPO from it", start="sft_tenth"),
-    "tool_shuffled": Row("tools", "observations shuffled in training", changes={(grpo, "ToolActor"): ShuffledActor}),
-    "tool_blank": Row("tools", "observations blank in training", changes={(grpo, "ToolActor"): BlankActor}),
-    "tool_wrong": Row("tools", "one observation in five wrong in training",
-                      changes={(grpo, "ToolActor"): WrongActor}),
+    "tool_shuffled": Row("tools", "observations shuffled in training", changes=broken(ShuffledActor)),
+    "tool_blank": Row("tools", "observations blank in training", changes=broken(BlankActor)),
+    "tool_wrong": Row("tools", "one observation in five wrong in training", changes=broken(WrongActor)),
     "by_turn": Row("turns", "credit by turn", changes=BY_TURN)}
 for share in (0.0, 0.3, 0.6, 0.9):
     name = f"{10 * share:.0f}"
-    ROWS[f"sft_stops_{name}"] = Row("flaw", f"SFT, the teacher stops short in {share:.1f} of the chains", 1,
+    ROWS[f"sft_stops_{name}"] = Row("flaw", f"SFT, the teacher stops short in {share:.0%} of the chains", 1,
                                     train_sft, changes={(data.world, "STOPS_SHORT"): share}, against="sft")
     ROWS[f"grpo_stops_{name}"] = Row("flaw", "GRPO from it", 1, start=f"sft_stops_{name}")
 
@@ -323,10 +343,10 @@ Sick = partial(Row, "sick", seeds=1, against="healthy")
 CONSISTENCY = {"w_answer": 0.0, "w_consistency": 1.0}
 ROWS |= {
     "healthy": Sick("no fault, 24 rollouts", options=SHORT),
-    "sick_unmasked": Sick("observations have mask 1", options=SHORT, changes=ROWS["unmasked"].changes),
+    "sick_unmasked": Sick("everything after the prompt has mask 1", options=SHORT, changes=ROWS["unmasked"].changes),
     "sick_lr": Sick("`--lr 3e-3`", options=SHORT | {"lr": 3e-3}),
     "sick_flat": Sick("`--temperature 0.1`", options=SHORT | {"temperature": 0.1}),
-    "sick_tool": Sick("observations shuffled", options=SHORT, changes=ROWS["tool_shuffled"].changes),
+    "sick_tool": Sick("observations shuffled", options=SHORT, changes={(grpo, "ToolActor"): ShuffledActor}),
     "sick_reward": Sick("reward = consistency alone", options=SHORT | CONSISTENCY),
     "sick_groups": Sick("groups of traces of different questions", options=SHORT,
                         changes={(grpo, "set_advantages"): wrong_groups}),
@@ -357,12 +377,13 @@ def run_row(name: str, seed: int, out: Path, toy: bool) -> dict:
                 model = row.train(row, run, seed, toy)
             except SystemExit as stopped:  # a loss that is not finite: the last checkpoint is evaluated
                 note = str(stopped)
-                model = max(run.glob("*/checkpoints/[0-9]*"))
+                start = stage1_of(row, run, seed) / "model"
+                model = max(run.glob("*/checkpoints/[0-9]*"), default=start)
     seconds = time.perf_counter() - begin
     stage1 = run / "sft" if row.train is train_sft else stage1_of(row, run, seed)
     line = {"row": name, "seed": seed, **evaluate(model, stage1 / "model", run, seed, toy), **speed(run)}
     line |= {"seconds": round(seconds), "eval_seconds": round(time.perf_counter() - begin - seconds), "note": note,
-             "commit": commit(), "date": date.today().isoformat()}
+             "commit": commit(), "date": date.today().isoformat(), "arithmetic": arithmetic()}
     for folder in run.glob("*/checkpoints"):
         shutil.rmtree(folder)
     return line
@@ -406,7 +427,7 @@ def speed(run: Path) -> dict:
     found = {}
     points = [(int(row["step"]), float(row["heldout_sampled"])) for row in metrics(run) if row["heldout_sampled"]]
     if points:
-        steps = points[-1][0]
+        steps = read_json(run / "grpo" / "config.json")["steps"]
         good = [step for step, em in points if em >= 0.8]
         found = {"steps": steps, "rollouts_to_80": good[0] if good else None,
                  "em_half": dict(points).get(steps // 2)}
@@ -447,9 +468,15 @@ def keep_metrics(run: Path, path: Path) -> None:
 
 
 def commit() -> str:
-    """The commit of the code that runs."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    """The commit of the code that runs, and whether files were changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def arithmetic() -> str:
+    """In what this processor computes the products of a training run."""
+    return "bfloat16" if half_supported("cpu") else "float32"
 
 
 def append(path: Path, columns: list[str], lines: list[dict]) -> None:
@@ -484,7 +511,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="default: all seeds of a row")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablation; of toy runs: RESULTS/runs)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "ablation",
                         help="folder of results.csv, curves.csv and the figures")
     parser.add_argument("--toy", action="store_true", help="tiny runs, only to check that they work")
@@ -496,28 +523,36 @@ def main() -> None:
         for name, row in ROWS.items():
             print(f"{name:16} {row.table:7} {row.seeds} seeds  {row.text}")
         return
+    out = options.out or (options.results / "runs" if options.toy else ROOT / "runs" / "ablation")
     results = options.results / "results.csv"
     if options.toy and options.results.resolve() == (ROOT / "docs" / "ablation"):
         raise InputError("toy: choose a folder with --results, so that docs/ablation keeps its results")
     options.results.mkdir(parents=True, exist_ok=True)
+    lines = ablation_report.read(results)
+    done = {(line["row"], int(line["seed"])) for line in lines}
     if options.here:
         name, seed = options.rows[0], options.seeds[0]
-        line = run_row(name, seed, options.out, options.toy)
-        points = curve(options.out / name / str(seed))
+        line = run_row(name, seed, out, options.toy)
+        if (name, seed) in done:  # a stage 1 whose folder was gone
+            return
+        points = curve(out / name / str(seed))
         append(options.results / "curves.csv", CURVE, [{"row": name, "seed": seed, **point} for point in points])
         if ROWS[name].table == "sick":
-            keep_metrics(options.out / name / str(seed), options.results / "sick" / f"{name}.csv")
+            keep_metrics(out / name / str(seed), options.results / "sick" / f"{name}.csv")
         append(results, COLUMNS, [line])
         return
     if not options.report:
-        done = {(line["row"], int(line["seed"])) for line in ablation_report.read(results)}
-        runs = wanted(options.rows, options.seeds, done, options.out)
+        others = {line["arithmetic"] for line in lines} - {arithmetic()}
+        if others:
+            raise InputError(f"{results}: its runs computed in {others.pop()}, this processor computes in "
+                             f"{arithmetic()}, which gives other stages 1; choose another folder with --results")
+        runs = wanted(options.rows, options.seeds, done, out)
         if not runs:
             print(f"nothing to run: {results} has these rows and seeds")
         for number, (name, seed) in enumerate(runs, 1):
             print(f"{number}/{len(runs)}  {name}, seed {seed}: {ROWS[name].text}", flush=True)
             command = [sys.executable, __file__, "--here", "--rows", name, "--seeds", str(seed),
-                       "--out", options.out, "--results", options.results, *["--toy"] * options.toy]
+                       "--out", out, "--results", options.results, *["--toy"] * options.toy]
             if subprocess.run(command).returncode:
                 raise InputError(f"{name}, seed {seed}: the run failed; its messages stand above")
     ablation_report.write(options.results, ROWS)

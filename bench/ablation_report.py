@@ -58,7 +58,7 @@ def cell(of_row: dict[int, dict], column: str, digits: int = 3) -> str:
 
 def difference(of_row: dict[int, dict], other: dict[int, dict], column: str = "em_sampled") -> str:
     """Mean difference to another row over the seeds that both have, with its 95 % interval."""
-    seeds = sorted(of_row.keys() & other.keys())
+    seeds = [seed for seed in sorted(of_row.keys() & other.keys()) if of_row[seed][column] and other[seed][column]]
     deltas = [float(of_row[seed][column]) - float(other[seed][column]) for seed in seeds]
     if len(deltas) < 2:
         return f"{deltas[0]:+.3f}, one seed" if deltas else ""
@@ -75,7 +75,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def score_table(found: dict, rows: dict, group: str) -> str:
     """The rows of one table with their EMs."""
-    head = ["row", "what is trained", "seeds", *SCORES.values(), "sampled EM against"]
+    head = ["row", "what is trained", "seeds", *SCORES.values(), "difference in sampled EM to"]
     body = []
     for name, row in rows.items():
         if row.table == group and name in found:
@@ -100,7 +100,7 @@ def speed_table(found: dict, rows: dict) -> str:
     body = []
     for name, row in rows.items():
         lines = [line for _, line in sorted(found.get(name, {}).items())]
-        if lines and lines[0]["em_half"]:
+        if any(line["em_half"] for line in lines):
             reached = ", ".join(line["rollouts_to_80"] or "never" for line in lines)
             compared = "" if name == row.against else difference(found[name], found.get(row.against, {}), "em_half")
             body.append([f"`{name}`", reached, cell(found[name], "em_half"), compared])
@@ -188,24 +188,28 @@ def draw_rows(picture: Picture, found: dict, rows: dict) -> str:
     return "Sampled EM of every run"
 
 
-def means_over_seeds(curves: dict, name: str, column: str) -> list[tuple[int, float]]:
+def means_over_seeds(curves: dict, name: str, column: str, seeds: set) -> list[tuple[int, float]]:
     """(step, mean over the seeds) of a row."""
     values = defaultdict(list)
     for line in curves.get(name, []):
-        if line[column]:
+        if line[column] and line["seed"] in seeds:
             values[int(line["step"])].append(float(line[column]))
     return [(step, fmean(of_step)) for step, of_step in sorted(values.items())]
 
 
 def draw_curves(picture: Picture, title: str, column: str, curves: dict, shown: dict[str, str], ticks: list,
                 height: int = 210) -> None:
-    """A panel with a curve for each row: `shown` has {row: name in the legend}."""
+    """A panel with a curve for each row: `shown` has {row: name in the legend}. Worlds differ by seed, so the means
+    are over the seeds that all rows have.
+    """
+    of_rows = [{line["seed"] for line in curves[name]} for name in shown if curves.get(name)]
+    seeds = set.intersection(*of_rows) if of_rows else set()
     picture.text(LEFT, picture.y + 14, title, font_weight="bold", font_size=22)
     picture.y += 46
     x = LEFT
     series = []
     for (name, text), color in zip(shown.items(), ("one", "two", "right", "wrong"), strict=False):
-        points = means_over_seeds(curves, name, column)
+        points = means_over_seeds(curves, name, column, seeds)
         if points:
             key(picture, x, color, text)
             x += 70 + 10.5 * len(text)

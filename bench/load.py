@@ -8,6 +8,7 @@ when model and tokenizer are ready to use. Memory is anonymous memory, which a p
 back to the page cache; weights that stay mapped from the file don't count. It is polled from
 outside, so a peak inside the load is seen. Needs tests/requirements-peers.txt.
 """
+import argparse
 import json
 import statistics
 import subprocess
@@ -116,7 +117,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 4:  # a process of measure
         print(*timed_load(*sys.argv[1:]))
     else:
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
         main()

@@ -534,7 +534,10 @@ def command_line(words: list[str]) -> argparse.Namespace:
                         help="tokens of a training pass in sft, with padding (default: 4096)")
     parser.add_argument("--precision", choices=("auto", "float32"), default="auto",
                         help="of sft; auto: bfloat16 autocast where the processor has it")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if min(args.rounds, args.sft_rounds) < 1:
+        parser.error("--rounds and --sft-rounds: at least 1")
+    return args
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from conftest import build_tiny
 
 import grpo
 import sft
-from agents import Call, ToolActor, Trace, Turn
+from agents import Call, Tool, ToolActor, Trace, Turn
+from data import InputError
 from grpo import GRPOConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def test_a_row_runs_with_the_stage_it_starts_from_and_is_not_run_twice(tmp_path)
     found = lines(tmp_path / "results" / "results.csv")
     assert [(line["row"], line["seed"]) for line in found] == [("sft", "0"), ("by_turn", "0")]
     for line in found:
-        filled = set(ablate.COLUMNS) - {"rollouts_to_80", "em_half", "steps", "note"}
+        filled = set(ablate.COLUMNS) - {"rollouts_to_80", "em_half", "steps", "note", "valid_calls"}  # without a call
         assert all(line[name] for name in filled), line
     assert [line["step"] for line in lines(tmp_path / "results" / "curves.csv")] == ["0", "2"]
     names = {path.name for path in (tmp_path / "results").iterdir()}
@@ -65,12 +66,36 @@ def test_runs_come_after_their_stage_1_and_finished_runs_are_left_out(tmp_path):
     assert seeds == [0, 0, 2, 2, 4, 4]
 
 
+def call(monkeypatch, folder, *words):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--results", str(folder), "--out", str(folder), *words])
+    ablate.main()
+
+
+def test_a_stage_1_that_is_made_again_adds_no_second_line(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(ablate, "run_row", lambda name, seed, *_: made.append(seed) or {"row": name, "seed": seed})
+    for seed in ("0", "0", "1"):
+        call(monkeypatch, tmp_path, "--here", "--rows", "sft", "--seeds", seed)
+    assert made == [0, 0, 1]
+    assert [line["seed"] for line in lines(tmp_path / "results.csv")] == ["0", "1"]
+
+
+def test_results_of_another_arithmetic_are_not_continued(tmp_path, monkeypatch):
+    """A seed's stage 1 is another model there, so its rows could not be compared."""
+    monkeypatch.setattr(ablate, "arithmetic", lambda: "bfloat16")
+    ablate.append(tmp_path / "results.csv", ablate.COLUMNS, [{"row": "sft", "seed": 0, "arithmetic": "float32"}])
+    before = (tmp_path / "results.csv").read_bytes()
+    with pytest.raises(InputError, match="computed in float32, this processor computes in bfloat16"):
+        call(monkeypatch, tmp_path, "--rows", "grpo")
+    assert (tmp_path / "results.csv").read_bytes() == before
+
+
 def test_a_run_that_collapses_is_evaluated_and_says_so(tmp_path, monkeypatch):
     """Changes hold during training alone. A stopped run is evaluated at its last checkpoint."""
     during = {}
 
     def train(row, run, seed, toy):
-        during.update(grpo.PARTS)
+        during["reward"] = grpo.reward
         for step in ("0000005", "0000010"):
             (run / "grpo" / "checkpoints" / step).mkdir(parents=True)
         raise SystemExit("step 12: loss is nan")
@@ -78,10 +103,9 @@ def test_a_run_that_collapses_is_evaluated_and_says_so(tmp_path, monkeypatch):
     row = ablate.Row("parts", "", train=train, changes=ablate.without("economy"))
     monkeypatch.setitem(ablate.ROWS, "broken", row)
     monkeypatch.setattr(ablate, "evaluate", lambda model, *_: {"em_sampled": 0.0, "policy": model.name})
-    before = dict(grpo.PARTS)
+    before = grpo.reward
     line = ablate.run_row("broken", 3, tmp_path, False)
-    assert during["economy"](Trace(), []) == 1.0 and during["support"] is grpo.reward_support
-    assert before == grpo.PARTS
+    assert during["reward"] is not before and grpo.reward is before
     assert (line["note"], line["policy"], line["seed"]) == ("step 12: loss is nan", "0000010", 3)
     assert not list(tmp_path.glob("*/*/*/checkpoints"))
 
@@ -104,6 +128,26 @@ def test_the_answer_reward_alone_is_the_share_of_right_answers():
     for answer, reward in (("Bib", 1.0), ("Bob", 0.0)):
         trace = Trace("Who?", turns=[Turn("t", answer=answer)], status="answered")
         assert grpo.reward(trace, ["Bib"], config)["reward"] == reward
+
+
+@pytest.mark.parametrize("part", grpo.PARTS)
+@pytest.mark.parametrize("useful", [True, False])
+def test_a_part_that_says_nothing_is_1_and_the_others_stay(part, useful):
+    """A useless call takes grammar, valid and arguments away; the part that is left out keeps its 1."""
+    name = "Bib" if useful else "Bob"
+    turns = [Turn("t", [Call("f", {"x": "Ann"}, observation={"y": name})]), Turn("t", answer="Bib")]
+    trace = Trace("Who is Ann?", [Tool("f", "", {}, {})], turns=turns, status="answered")
+    config = GRPOConfig()
+    before = grpo.reward(trace, ["Bib"], config)
+    assert (before["economy"] > 0) == useful
+    after = ablate.without(part)[grpo, "reward"](trace, ["Bib"], config)
+    assert after[part] == 1.0
+    assert all(after[other] == before[other] for other in ("em", "answer", *grpo.PARTS) if other != part)
+    gain = (1 - before[part]) / len(grpo.PARTS)
+    assert after["consistency"] == pytest.approx(before["consistency"] + gain)
+    assert after["reward"] == pytest.approx(before["reward"] + config.w_consistency * gain)
+    trace.status = "truncated"
+    assert not any(ablate.without(part)[grpo, "reward"](trace, ["Bib"], config).values())
 
 
 def test_unmasked_observations_are_scored():
@@ -138,6 +182,21 @@ def test_broken_tools(actor):
     assert 0.17 < share < 0.23
     of_one_call = {str(o) for i, o in enumerate(wrong) if i % 7 == 0}
     assert len(of_one_call) > 1, "each call is drawn anew"
+
+
+def test_broken_tools_answer_rollouts_and_whole_ones_the_held_out_questions(actor, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo, "run_episodes", lambda agent, backend, traces, **_: seen.append(backend(requests)))
+    monkeypatch.setattr(grpo, "measure", lambda *_: {"em": 1.0})
+    monkeypatch.setattr(grpo, "means", lambda measures: {})
+    requests = [(SimpleNamespace(name="t"), {"x": 1})]
+    simulator = SimpleNamespace(actor=actor(ablate.BlankActor), traces=lambda questions, group, key: [Trace()])
+    agent = SimpleNamespace(sampler=SimpleNamespace(capacity=1), temperature=1.0)
+    changed = ablate.ROWS["tool_blank"].changes
+    assert changed[grpo, "ToolActor"] is ablate.BlankActor
+    changed[grpo, "score_heldout"](simulator, agent, [SimpleNamespace(golds=["a"], set="hotpot", rule="hotpotqa")])
+    assert seen == [[{"t": 1}]] * 2
+    assert simulator.actor.answer(requests) == [{}]
 
 
 def looked_up(*observations):
@@ -232,6 +291,8 @@ def test_a_difference_within_its_interval_is_none():
     assert report.difference(found["c"], found["base"]) == "+0.250, one seed"
     assert report.difference(found["same"], found["base"]) == "no difference found (+0.000 ± 0.000)"
     assert report.difference(found["a"], {}) == ""
+    found["b"][0]["em_sampled"] = ""
+    assert report.difference(found["b"], found["base"]) == "no difference found (+0.000 ± 1.271)"
     sure = rows_of(base=[0.5, 0.6, 0.7], a=[0.7, 0.8, 0.91])
     assert report.difference(sure["a"], sure["base"]) == "+0.203 ± 0.014"
 
@@ -261,7 +322,11 @@ def test_a_curve_has_the_means_until_the_next_evaluation(tmp_path):
         {"step": "0", "heldout_sampled": ".3", "heldout_greedy": ".2", "calls": 2.5, "reward": 0.2},
         {"step": "2", "heldout_sampled": ".81", "heldout_greedy": ".6", "calls": 4.0, "reward": 0.6},
         {"step": "4", "heldout_sampled": ".9", "heldout_greedy": ".8"}]
+    config = tmp_path / "grpo" / "config.json"
+    config.write_text('{"steps": 4}')
     assert ablate.speed(tmp_path) == {"steps": 4, "rollouts_to_80": 2, "em_half": 0.81}
+    config.write_text('{"steps": 12}')
+    assert ablate.speed(tmp_path)["em_half"] is None, "it stopped before half of the rollouts"
     assert ablate.speed(tmp_path / "none") == {}
 
 

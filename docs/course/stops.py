@@ -1,6 +1,7 @@
 """Score stage 1 by the number of lookups, for teachers that stop short at different rates.
 
-    python bench/ablate.py --rows sft sft_stops_0 sft_stops_3 sft_stops_6 sft_stops_9 --seeds 0
+    python bench/ablate.py --rows sft sft_stops_0 sft_stops_3 sft_stops_6 sft_stops_9 --seeds 0 \\
+        --results runs/stops
     python docs/course/stops.py       writes docs/course/stops.csv
 
 Asked are 300 questions of two, three and four lookups, which no stage was trained on: stage 1 saw
