@@ -114,7 +114,7 @@ def train_rejection(row: "Row", run: Path, seed: int, toy: bool) -> Path:
                 for i, trace in enumerate(traces):
                     if grpo.reward(trace, plan[step][i // config.group].golds, config)["em"] == 1:
                         right.append(trace)
-            stream = sft.batches(right, sft.SFTConfig.agent_tokens, rng)
+            stream = sft.batches(right, sft.SFTConfig.agent_tokens, rng)  # it never ends
             epoch = []
             while sum(map(len, epoch)) < len(right):
                 epoch.append(next(stream))
@@ -150,9 +150,10 @@ def without(part: str) -> dict:
     def reward(trace: Trace, golds: list[str], config: GRPOConfig) -> dict[str, float]:
         scores = original_reward(trace, golds, config)
         if trace.status == "answered":
+            gain = (1 - scores[part]) / len(grpo.PARTS)
             scores[part] = 1.0
-            scores["consistency"] = fmean([scores[name] for name in grpo.PARTS])
-            scores["reward"] = config.w_answer * scores["answer"] + config.w_consistency * scores["consistency"]
+            scores["consistency"] += gain
+            scores["reward"] += config.w_consistency * gain
         return scores
 
     return {(grpo, "reward"): reward}
@@ -196,14 +197,13 @@ def step_that_keeps_gradients(model: Transformer, optimizer: torch.optim.Optimiz
     return norm
 
 
-# A broken ToolActor answers in rollouts. The held-out questions during training are answered by the whole one.
-
-
 def score_with_whole_tools(simulator: Simulator, agent, questions: list) -> tuple:
+    """grpo.score_heldout, but a broken ToolActor answers as a whole one."""
     return original_score(simulator, agent, questions, partial(ToolActor.answer, simulator.actor))
 
 
 def broken(actor: type) -> dict:
+    """A broken ToolActor answers in rollouts. Held-out questions are answered by the whole one."""
     return {(grpo, "ToolActor"): actor, (grpo, "score_heldout"): score_with_whole_tools}
 
 
@@ -240,8 +240,8 @@ class WrongActor(ShuffledActor):
 
 # Credit by turn, after GiGPO (Feng et al. 2025, arXiv 2505.10978, eq. 6 to 8). Traces of a group whose observations
 # were equal so far stand at the same state. What a turn there led to is compared with what the other turns led to.
-# The advantage of a turn is that of its trace plus its own. No division by std, as in the default loss. By the
-# discount, the shorter ones of the right traces gain.
+# The advantage of a turn is that of its trace plus its own. No division by std, as in the default loss. Because
+# of the discount, a shorter one of two right traces gains.
 DISCOUNT = 0.95  # gamma: per turn between this one and the end, as in the paper
 
 
@@ -346,6 +346,7 @@ ROWS |= {
     "sick_unmasked": Sick("everything after the prompt has mask 1", options=SHORT, changes=ROWS["unmasked"].changes),
     "sick_lr": Sick("`--lr 3e-3`", options=SHORT | {"lr": 3e-3}),
     "sick_flat": Sick("`--temperature 0.1`", options=SHORT | {"temperature": 0.1}),
+    # Held-out questions, too: its metrics.csv shows what a user with broken tools would see.
     "sick_tool": Sick("observations shuffled", options=SHORT, changes={(grpo, "ToolActor"): ShuffledActor}),
     "sick_reward": Sick("reward = consistency alone", options=SHORT | CONSISTENCY),
     "sick_groups": Sick("groups of traces of different questions", options=SHORT,
@@ -475,7 +476,7 @@ def commit() -> str:
 
 
 def arithmetic() -> str:
-    """In what this processor computes the products of a training run."""
+    """The numbers in which this processor multiplies in training."""
     return "bfloat16" if half_supported("cpu") else "float32"
 
 
@@ -545,7 +546,7 @@ def main() -> None:
         others = {line["arithmetic"] for line in lines} - {arithmetic()}
         if others:
             raise InputError(f"{results}: its runs computed in {others.pop()}, this processor computes in "
-                             f"{arithmetic()}, which gives other stages 1; choose another folder with --results")
+                             f"{arithmetic()}, where a seed has another stage 1; choose another folder with --results")
         runs = wanted(options.rows, options.seeds, done, out)
         if not runs:
             print(f"nothing to run: {results} has these rows and seeds")

@@ -59,12 +59,12 @@ if [ "${1:-}" = --dry ]; then
   small="--threads 1 --shape tiny"
   # shellcheck disable=SC2086
   {
-    part check 200 bench/floors.py check $small
-    part step-7b 200 bench/floors.py step $small --rows 1 8 --prompt 40 --tokens 4
-    part train-7b 200 bench/floors.py train $small --tokens 128 --length 64 --lora 4
-    part grpo-7b 200 bench/floors.py grpo $small --questions 2 --group 2 --lora 4 --micro-tokens 512
-    part rollout-0.5b 200 bench/rollout.py $small --questions 2 --group 2 --rounds 1 --sides ours reprefill kept_shared
-    part memory-7b 200 bench/memory.py --shape tiny --device cpu --lora 4 --questions 2 --group 2 --sim-rows 4 \
+    part check 60 bench/floors.py check $small
+    part step-7b 60 bench/floors.py step $small --rows 1 8 --prompt 40 --tokens 4
+    part train-7b 60 bench/floors.py train $small --tokens 128 --length 64 --lora 4
+    part grpo-7b 60 bench/floors.py grpo $small --questions 2 --group 2 --lora 4 --micro-tokens 512
+    part rollout-0.5b 60 bench/rollout.py $small --questions 2 --group 2 --rounds 1 --sides ours reprefill kept_shared
+    part memory-7b 60 bench/memory.py --shape tiny --device cpu --lora 4 --questions 2 --group 2 --sim-rows 4 \
       --trace-tokens 1024 --micro-tokens 1024 --turn-tokens 8 --max-turns 2
   }
 else

@@ -297,7 +297,7 @@ def test_any_text_can_be_weighed_and_fast():
             e = make(given, {"text": text, "more": ["Velka", 1e300]}, results=[text], name=name)
             assert len(e.grounded) >= 1 and e.new_words <= set(e.result_words)
             assert with_answer(text[:500], [e]) in ([], [e]) and entity_of({"ada"}, text) is not None
-        assert time.process_time() - start < 8, text[:20]
+        assert time.process_time() - start < 4, text[:20]
 
 
 def test_a_hundred_words_from_nowhere_and_a_long_result_are_fast():
@@ -305,7 +305,7 @@ def test_a_hundred_words_from_nowhere_and_a_long_result_are_fast():
     made = [" ".join("".join(rng.choices("abcdefghij", k=7)) for _ in range(n)) for n in (100, 3_000)]
     start = time.process_time()
     e = make({"query": made[0]}, {"text": made[1]})
-    assert e.grounded == [False] and time.process_time() - start < 12
+    assert e.grounded == [False] and time.process_time() - start < 6
 
 
 @pytest.mark.parametrize("given", [{"expression": 5}, {"expression": None}, {"values": 3, "names": "x"}, {"items": {"a": [None]}},

@@ -331,13 +331,13 @@ def test_what_a_model_writes_is_its_own_turn_and_no_more(where, name, tokenizer)
 @pytest.mark.parametrize("text", ["<tool_call>", "<think></think>", "<think></think>" + "<tool_call>", "<think></think><kind>",
                                   "<think></think>x" + " " * 99, "<think></think><kind></kind><tools>", "<answer>"])
 def test_reading_a_turn_takes_linear_time(text):
-    """200,000 characters that open tags and close none. Two seconds are two hundred times what it takes."""
+    """200,000 characters that open tags and close none. One second is a hundred times what it takes."""
     many = text[:text.find("<tool_call>")] * ("<tool_call>" in text) + text * (200_000 // len(text))
     before = process_time()
     parse_turn(many)
     with pytest.raises(Rejected):
         parse_tools(many)
-    assert process_time() - before < 2
+    assert process_time() - before < 1
 
 
 # -------------------------------------------------------------------------------------- command line

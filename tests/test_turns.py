@@ -258,12 +258,12 @@ def test_what_is_read_can_be_written_in_the_strict_form(seed):
                                    "x<think></think>", "\ud800", "```"])
 @pytest.mark.parametrize("before", ["", "<tool_call>", "<tool_call>{", T + "<tool_call>{\"a\": '", "<answer>", "<think>"])
 def test_any_text_is_read_in_linear_time(before, piece):
-    """Up to 100,000 characters, also with a closing tag behind them. It takes half a second."""
+    """Up to 100,000 characters, also with a closing tag behind them. It takes half a second, on a slow machine two."""
     many = before + piece * min(20_000, 100_000 // len(piece))
     begin = process_time()
     for text in (many, many + "</tool_call>", many + "</answer>", many + "</think>"):
         parse_turn(text, plain_answer=True)
-    assert process_time() - begin < 6  # on a slow and busy machine
+    assert process_time() - begin < 6
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -339,4 +339,4 @@ def test_any_reply_is_read_in_linear_time(piece):
         with pytest.raises(Rejected):
             parse_tools(text)
         parse_observation(LOOKUP, text)
-    assert process_time() - begin < 6  # on a slow and busy machine
+    assert process_time() - begin < 2
