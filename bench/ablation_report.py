@@ -3,6 +3,7 @@ import csv
 import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 from picture import COLORS, LEFT, WIDTH, Picture, key, panel
 
 ROOT = Path(__file__).resolve().parents[1]
+FLOAT32 = " float32"
 # Student's t for a 95 % interval, by the number of seeds less one.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 SCORES = {"em_sampled": "sampled EM", "em_greedy": "greedy EM", "unseen": "unseen paths", "em_real": "real tools",
@@ -32,11 +34,25 @@ def read(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def row_of(line: dict) -> str:
+    """The row that a line of results.csv or curves.csv belongs to: runs in float32 have rows of their own."""
+    return line["row"] + FLOAT32 * (line["arithmetic"] == "float32")
+
+
+def with_float32(rows: dict) -> dict:
+    """The rows of ablate.py, each followed by a row for its runs in float32. These are compared among themselves."""
+    both = {}
+    for name, row in rows.items():
+        both[name] = row
+        both[name + FLOAT32] = replace(row, against=row.against + FLOAT32)
+    return both
+
+
 def by_row(lines: list[dict]) -> dict[str, dict[int, dict]]:
     """{row: {seed: line}}"""
     found = defaultdict(dict)
     for line in lines:
-        found[line["row"]][int(line["seed"])] = line
+        found[row_of(line)][int(line["seed"])] = line
     return found
 
 
@@ -261,10 +277,11 @@ def figures(found: dict, curves: dict, rows: dict) -> dict[str, str]:
 
 def write(folder: Path, rows: dict) -> None:
     """Tables and figures of the results in a folder. Those of docs/ablation also go to the pages."""
+    rows = with_float32(rows)
     found = by_row(read(folder / "results.csv"))
     curves = defaultdict(list)
     for line in read(folder / "curves.csv"):
-        curves[line["row"]].append(line)
+        curves[row_of(line)].append(line)
     made = tables(found, rows)
     for name, text in figures(found, curves, rows).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")

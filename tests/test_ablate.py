@@ -14,7 +14,6 @@ from conftest import build_tiny
 import grpo
 import sft
 from agents import Call, Tool, ToolActor, Trace, Turn
-from data import InputError
 from grpo import GRPOConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,21 +72,26 @@ def call(monkeypatch, folder, *words):
 
 def test_a_stage_1_that_is_made_again_adds_no_second_line(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(ablate, "run_row", lambda name, seed, *_: made.append(seed) or {"row": name, "seed": seed})
+    monkeypatch.setattr(ablate, "arithmetic", lambda: "float32")
+    monkeypatch.setattr(ablate, "run_row", lambda name, seed, *_: made.append(seed) or {
+        "row": name, "seed": seed, "arithmetic": "float32"})
     for seed in ("0", "0", "1"):
         call(monkeypatch, tmp_path, "--here", "--rows", "sft", "--seeds", seed)
     assert made == [0, 0, 1]
     assert [line["seed"] for line in lines(tmp_path / "results.csv")] == ["0", "1"]
 
 
-def test_results_of_another_arithmetic_are_not_continued(tmp_path, monkeypatch):
-    """A seed's stage 1 is another model there, so its rows could not be compared."""
-    monkeypatch.setattr(ablate, "arithmetic", lambda: "bfloat16")
-    ablate.append(tmp_path / "results.csv", ablate.COLUMNS, [{"row": "sft", "seed": 0, "arithmetic": "float32"}])
-    before = (tmp_path / "results.csv").read_bytes()
-    with pytest.raises(InputError, match="computed in float32, this processor computes in bfloat16"):
-        call(monkeypatch, tmp_path, "--rows", "grpo")
-    assert (tmp_path / "results.csv").read_bytes() == before
+def test_runs_of_another_arithmetic_are_run_and_compared_by_themselves(tmp_path, monkeypatch):
+    """A seed's stage 1 is another model there."""
+    monkeypatch.setattr(ablate, "run_row", lambda name, seed, *_: {"row": name, "seed": seed, "arithmetic": arithmetic})
+    for arithmetic, name in (("float32", "grpo"), ("bfloat16", "grpo"), ("bfloat16", "std"), ("bfloat16", "grpo")):
+        monkeypatch.setattr(ablate, "arithmetic", lambda now=arithmetic: now)
+        call(monkeypatch, tmp_path, "--here", "--rows", name, "--seeds", "0")
+    found = report.by_row(lines(tmp_path / "results.csv"))
+    assert [(name, list(seeds)) for name, seeds in found.items()] == [("grpo float32", [0]), ("grpo", [0]), ("std", [0])]
+    rows = report.with_float32(ablate.ROWS)
+    assert rows["grpo float32"].against == rows["std float32"].against == "grpo float32"
+    assert list(rows)[:2] == ["untrained", "untrained float32"] and rows["std"].against == "grpo"
 
 
 def test_a_run_that_collapses_is_evaluated_and_says_so(tmp_path, monkeypatch):
@@ -279,7 +283,7 @@ def test_rejection_sampling_learns_from_right_traces_alone(tmp_path, monkeypatch
 
 
 def rows_of(**values):
-    return report.by_row([{"row": row, "seed": str(seed), "em_sampled": str(value), "em_half": ""}
+    return report.by_row([{"row": row, "seed": str(seed), "em_sampled": str(value), "em_half": "", "arithmetic": "bfloat16"}
                           for row, of_row in values.items() for seed, value in enumerate(of_row)])
 
 
@@ -332,14 +336,15 @@ def test_a_curve_has_the_means_until_the_next_evaluation(tmp_path):
 
 def test_pages_and_figures_show_the_committed_results():
     found = report.by_row(lines(RESULTS / "results.csv"))
-    made = report.tables(found, ablate.ROWS)
+    rows = report.with_float32(ablate.ROWS)
+    made = report.tables(found, rows)
     for page in (ROOT / "README.md", ROOT / "docs" / "ablation.md"):
         text = page.read_text(encoding="utf-8")
         assert report.fill(text, made) == text, page
     curves = {}
     for line in lines(RESULTS / "curves.csv"):
-        curves.setdefault(line["row"], []).append(line)
-    for name, text in report.figures(found, curves, ablate.ROWS).items():
+        curves.setdefault(report.row_of(line), []).append(line)
+    for name, text in report.figures(found, curves, rows).items():
         assert (RESULTS / name).read_text(encoding="utf-8") == text, name
 
 
