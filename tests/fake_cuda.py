@@ -3,8 +3,8 @@
   python tests/fake_cuda.py GUARD SHAPE WHAT
 
 GUARD is guard.cpp, compiled; SHAPE is 0.5b, 1.5b, 3b or 7b. WHAT is one of
-  check      all parts; the last line is a JSON object, which test_cuda.py checks. A device mismatch raises
-  stop, pad  the sampler's stop ids, or the ids of traces, are put on the wrong device
+  check      all parts, with four layers; the last line is a JSON object, which test_cuda.py checks. A device mismatch raises
+  stop, pad  the same, but the sampler's stop ids, or the ids of traces, are put on the wrong device
   memory     bytes of training and sampling, as a JSON object
   graph      the decode step of graph.py: what the host reads and sends, and bytes, as a JSON object
 This is a program of its own, because a process can't go back to having no CUDA.
@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,9 @@ run.chosen["device"] = "cuda"
 run.half_supported = lambda kind: True
 torch.autograd.set_multithreading_enabled(False)  # dispatch modes belong to a thread
 aten = torch.ops.aten
+CONFIG = SHAPES[SHAPE]
+if WHAT not in ("memory", "graph"):
+    CONFIG = replace(CONFIG, num_hidden_layers=4)  # where things lie does not depend on it; all layers take minutes
 
 
 class Watch(TorchDispatchMode):
@@ -137,7 +141,7 @@ FakeTensor.tolist = lambda x: watch.tolist(x)
 def new_model(reference=False, lora=0):
     """As load() and the stages make it."""
     with torch.device("meta"):
-        model = Transformer(SHAPES[SHAPE], known_ids=151665).eval()
+        model = Transformer(CONFIG, known_ids=151665).eval()
     for name, weight in list(model.named_parameters()):
         module, _, parameter = name.rpartition(".")
         weight = torch.empty(weight.shape, dtype=run.weights_type(), device="cuda")

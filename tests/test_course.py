@@ -19,7 +19,7 @@ def test_the_blocks_of_a_chapter_print_what_the_page_shows(chapter):
     done = subprocess.run([sys.executable, COURSE / "blocks.py", chapter], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds = re.findall(r"\d+\.\d", done.stdout.splitlines()[-1])
-    assert seconds and max(map(float, seconds)) < 10
+    assert seconds and max(map(float, seconds)) < 30  # 3 on a new machine, 10 on a slow and busy one
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)

@@ -33,7 +33,7 @@ DEEP = "MTR_DEEP" in os.environ
 STEPS = {"sft": 700 if DEEP else 40, "grpo": 300 if DEEP else 12}
 FLAGS = {"sft": "--shape toy --agent-tokens 600 --maker-tokens 400 --actor-tokens 400 "
                 "--piece-steps 20 --warmup 5 --save-every 6 --eval-every 25",
-         "grpo": "--loss grpo --questions 3 --group 3 --turn-tokens 60 --max-turns 3 --save-every 4 --eval-every 7"}
+         "grpo": "--loss grpo --questions 3 --group 3 --turn-tokens 24 --max-turns 3 --save-every 4 --eval-every 7"}
 # The number of kills in each phase, and how many more in any phase.
 QUOTAS = {"sft": ({"update": 3, "saving": 3} if DEEP else {"update": 1, "saving": 1}, 0),
           "grpo": ({"rollout": 5, "update": 5, "saving": 3} if DEEP else {"rollout": 1, "update": 1, "saving": 1}, 7 * DEEP)}

@@ -51,14 +51,14 @@ STEPS = {
         ANSWER, ["RUN/before/test.json", "RUN/before/test.jsonl"], ["em_low", "clean_turns", "agent: qwen"]),
     f"{EVAL} --model qwen --data test.jsonl --out RUN --name direct --no-tools": (
         ANSWER, ["RUN/direct/test.json", "RUN/direct/test.jsonl"], ["calls answered by: none"]),
-    TRACES: (ANSWER, ["traces.jsonl"], ["kept 0 of 96 traces\n", "next: python sft.py"]),
-    f"{TRACES} --samples 8": (ANSWER, ["traces.jsonl"], ["kept 0 of 192 traces\n"]),
+    TRACES: (ANSWER, ["traces.jsonl"], ["kept 0 of 80 traces\n", "next: python sft.py"]),
+    f"{TRACES} --samples 8": (ANSWER, ["traces.jsonl"], ["kept 0 of 160 traces\n"]),
     "python sft.py --model qwen --traces traces.jsonl --out RUN": (
         SFT, stage("RUN/sft"), ["conversations: ", "stage 1 is done; next: python grpo.py --out RUN --data FILE"]),
     "python sft.py --model qwen --traces messages.jsonl --out OWN": (
         SFT, stage("OWN/sft"), ["conversations: 2 of agent", "stage 1 is done"]),
     "python grpo.py --out RUN --data train.jsonl": (
-        GRPO, [*stage("RUN/grpo"), "RUN/grpo/traces.jsonl"], ["24 questions; ", "stage 2 is done: RUN/grpo"]),
+        GRPO, [*stage("RUN/grpo"), "RUN/grpo/traces.jsonl"], ["20 questions; ", "stage 2 is done: RUN/grpo"]),
     "python grpo.py --out RUN --data train.jsonl --resume": (GRPO, stage("RUN/grpo"), ["stage 2 is done: RUN/grpo"]),
     f"{EVAL} --model RUN/sft/model --data test.jsonl --out RUN --name after_sft": (
         ANSWER, ["RUN/after_sft/test.json"], ["agent: RUN/sft/model"]),
@@ -127,7 +127,7 @@ def walk(tmp_path, tokenizer):
         (bin_folder / name).chmod(0o755)
     example = [json.loads(block) for language, block in blocks(PAGE.read_text(encoding="utf-8")) if language == "json"]
     questions = sample("questions")
-    write_lines(work / "train.jsonl", [*example, *questions[:23]])
+    write_lines(work / "train.jsonl", [*example, *questions[:19]])
     write_lines(work / "test.jsonl", questions[-3:])
     shutil.copy(SAMPLE / "messages.jsonl", work)
     # glibc keeps freed memory. Else half of the time goes into fresh pages for logits of 151,665 ids.
@@ -143,7 +143,7 @@ def walk(tmp_path, tokenizer):
 def add_conversations(path):
     """Append lines as stage 0 writes them of kept traces."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + 192 and all(json.loads(line)["why"] for line in lines[1:])
+    assert len(lines) == 1 + 160 and all(json.loads(line)["why"] for line in lines[1:])
     kept = zip(sample("agent")[:24], sample("maker")[:24], sample("actor")[:24], strict=True)
     rows = [{"id": f"kept {i}", "sample": 0, "why": "", "conversations": three, "story": ""} for i, three in enumerate(kept)]
     with open(path, "a", encoding="utf-8") as file:

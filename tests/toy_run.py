@@ -86,6 +86,11 @@ def few_held_out(real, config: grpo.GRPOConfig, world: object) -> tuple[list, li
     return plan, held_out[:12]
 
 
+def short_replies(maker: agents.ToolMaker, real, sampler: object, reply_tokens: int) -> None:
+    """ToolMaker.__init__. Random weights don't end their replies, and the length of three tries takes seconds."""
+    real(maker, sampler, 60)
+
+
 def main() -> None:
     if os.environ.get("FLOAT64"):
         for module in (run_file, sft, grpo):
@@ -101,6 +106,7 @@ def main() -> None:
         agents.parse_turn, grpo.reward = always_call, reward
         if os.environ.get("UTILITIES"):
             agents.KINDS |= dict.fromkeys(agents.KINDS, ("calculator",))
+        agents.ToolMaker.__init__ = partialmethod(short_replies, agents.ToolMaker.__init__)
         grpo.choose_questions = partial(few_held_out, grpo.choose_questions)
         watch(grpo, "run_episodes", "rollout")
         watch(grpo, "score_heldout", "evaluation")
