@@ -172,7 +172,7 @@ def draw_rows(picture: Picture, found: dict, rows: dict) -> str:
     picture.text(LEFT, picture.y + 14, "Held-out questions answered right (sampled EM)", font_weight="bold",
                  font_size=22)
     picture.y += 46
-    zero = 190
+    zero = 225
     scale = WIDTH - LEFT - 16 - zero
     top = picture.y
     table_before = None
@@ -216,8 +216,10 @@ def means_over_seeds(curves: dict, name: str, column: str, seeds: set) -> list[t
 def draw_curves(picture: Picture, title: str, column: str, curves: dict, shown: dict[str, str], ticks: list,
                 height: int = 210) -> None:
     """A panel with a curve for each row: `shown` has {row: name in the legend}. Worlds differ by seed, so the means
-    are over the seeds that all rows have.
+    are over the seeds that all rows have. The runs in float32 are drawn where those in bfloat16 lack a row.
     """
+    if any(name not in curves for name in shown):
+        shown = {name + FLOAT32: text for name, text in shown.items()}
     of_rows = [{line["seed"] for line in curves[name]} for name in shown if curves.get(name)]
     seeds = set.intersection(*of_rows) if of_rows else set()
     picture.text(LEFT, picture.y + 14, title, font_weight="bold", font_size=22)
