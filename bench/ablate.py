@@ -513,7 +513,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="default: all seeds of a row")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablation; of toy runs: RESULTS/runs)")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablation_ARITHMETIC; of toy runs: RESULTS/runs)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "ablation",
                         help="folder of results.csv, curves.csv and the figures")
     parser.add_argument("--toy", action="store_true", help="tiny runs, only to check that they work")
@@ -525,12 +525,12 @@ def main() -> None:
         for name, row in ROWS.items():
             print(f"{name:16} {row.table:7} {row.seeds} seeds  {row.text}")
         return
-    out = options.out or (options.results / "runs" if options.toy else ROOT / "runs" / "ablation")
+    here = arithmetic()
+    out = options.out or (options.results / "runs" if options.toy else ROOT / "runs" / f"ablation_{here}")
     results = options.results / "results.csv"
     if options.toy and options.results.resolve() == (ROOT / "docs" / "ablation"):
         raise InputError("toy: choose a folder with --results, so that docs/ablation keeps its results")
     options.results.mkdir(parents=True, exist_ok=True)
-    here = arithmetic()
     done = {(line["row"], int(line["seed"])) for line in ablation_report.read(results) if line["arithmetic"] == here}
     if options.here:
         name, seed = options.rows[0], options.seeds[0]
@@ -541,7 +541,7 @@ def main() -> None:
         of_run = {"row": name, "seed": seed, "arithmetic": here}
         append(options.results / "curves.csv", CURVE, [of_run | point for point in points])
         if ROWS[name].table == "sick":
-            keep_metrics(out / name / str(seed), options.results / "sick" / f"{name}.csv")
+            keep_metrics(out / name / str(seed), options.results / "sick" / f"{ablation_report.row_of(line)}.csv")
         append(results, COLUMNS, [line])
         return
     if not options.report:

@@ -48,6 +48,11 @@ def with_float32(rows: dict) -> dict:
     return both
 
 
+def more_runs(found: dict, names: list[str]) -> str:
+    """What to add to the names of rows for the arithmetic in which more of them were run."""
+    return max(("", FLOAT32), key=lambda suffix: sum(name + suffix in found for name in names))
+
+
 def by_row(lines: list[dict]) -> dict[str, dict[int, dict]]:
     """{row: {seed: line}}"""
     found = defaultdict(dict)
@@ -117,7 +122,8 @@ def speed_table(found: dict, rows: dict) -> str:
     for name, row in rows.items():
         lines = [line for _, line in sorted(found.get(name, {}).items())]
         if any(line["em_half"] for line in lines):
-            reached = ", ".join(line["rollouts_to_80"] or "never" for line in lines)
+            reached = ", ".join(line["rollouts_to_80"] or ("never" if line["em_half"] or line["note"] else "–")
+                                for line in lines)
             compared = "" if name == row.against else difference(found[name], found.get(row.against, {}), "em_half")
             body.append([f"`{name}`", reached, cell(found[name], "em_half"), compared])
     return table(["row", "rollouts to .80, by seed", "EM after half of the rollouts",
@@ -216,13 +222,13 @@ def means_over_seeds(curves: dict, name: str, column: str, seeds: set) -> list[t
 def draw_curves(picture: Picture, title: str, column: str, curves: dict, shown: dict[str, str], ticks: list,
                 height: int = 210) -> None:
     """A panel with a curve for each row: `shown` has {row: name in the legend}. Worlds differ by seed, so the means
-    are over the seeds that all rows have. The runs in float32 are drawn where those in bfloat16 lack a row.
+    are over the seeds that all rows have.
     """
-    if any(name not in curves for name in shown):
-        shown = {name + FLOAT32: text for name, text in shown.items()}
+    suffix = more_runs(curves, shown)
+    shown = {name + suffix: text for name, text in shown.items()}
     of_rows = [{line["seed"] for line in curves[name]} for name in shown if curves.get(name)]
     seeds = set.intersection(*of_rows) if of_rows else set()
-    picture.text(LEFT, picture.y + 14, title, font_weight="bold", font_size=22)
+    picture.text(LEFT, picture.y + 14, title + suffix.replace(" ", ", "), font_weight="bold", font_size=22)
     picture.y += 46
     x = LEFT
     series = []
@@ -245,7 +251,9 @@ def draw_experiments(picture: Picture, found: dict, curves: dict) -> str:
                 list(range(9)))
     draw_curves(picture, "Credit by turn: held-out EM, sampled", "heldout_sampled", curves,
                 {"grpo": "one advantage per trace", "by_turn": "one per turn"}, [i / 5 for i in range(6)])
-    picture.text(LEFT, picture.y + 14, "The teacher's flaw: held-out EM, sampled", font_weight="bold", font_size=22)
+    suffix = more_runs(found, [f"{stage}_stops_{tenths}" for stage in ("sft", "grpo") for tenths in (0, 3, 6, 9)])
+    picture.text(LEFT, picture.y + 14, "The teacher's flaw: held-out EM, sampled" + suffix.replace(" ", ", "),
+                 font_weight="bold", font_size=22)
     picture.y += 46
     key(picture, LEFT, "two", "after SFT")
     key(picture, LEFT + 160, "one", "after GRPO")
@@ -253,11 +261,12 @@ def draw_experiments(picture: Picture, found: dict, curves: dict) -> str:
     for stage, color in (("sft", "two"), ("grpo", "one")):
         points = []
         for share in (0, 30, 60, 90):
-            line = found.get(f"{stage}_stops_{share // 10}", {}).get(0)
+            line = found.get(f"{stage}_stops_{share // 10}{suffix}", {}).get(0)
             if line:
                 points.append((share, float(line["em_sampled"])))
-        if stage in found and 0 in found[stage]:
-            points.append((70, float(found[stage][0]["em_sampled"])))  # the default
+        default = found.get(stage + suffix, {}).get(0)
+        if default:
+            points.append((70, float(default["em_sampled"])))
         series.append((sorted(points), color))
     panel(picture, 210, 100, [i / 5 for i in range(6)], series)
     picture.text(WIDTH / 2, picture.y + 20, "% of the chains in which the teacher stops short",

@@ -40,7 +40,8 @@ def test_a_row_runs_with_the_stage_it_starts_from_and_is_not_run_twice(tmp_path)
     for line in found:
         filled = set(ablate.COLUMNS) - {"rollouts_to_80", "em_half", "steps", "note", "valid_calls"}  # without a call
         assert all(line[name] for name in filled), line
-    assert [line["step"] for line in lines(tmp_path / "results" / "curves.csv")] == ["0", "2"]
+    points = [(line["step"], line["arithmetic"]) for line in lines(tmp_path / "results" / "curves.csv")]
+    assert points == [("0", ablate.arithmetic()), ("2", ablate.arithmetic())]
     names = {path.name for path in (tmp_path / "results").iterdir()}
     assert names >= {f"{name}-{theme}.svg" for name in ("rows", "experiments") for theme in ("light", "dark")}
     again = subprocess.run(command, capture_output=True, text=True)
@@ -83,15 +84,25 @@ def test_a_stage_1_that_is_made_again_adds_no_second_line(tmp_path, monkeypatch)
 
 def test_runs_of_another_arithmetic_are_run_and_compared_by_themselves(tmp_path, monkeypatch):
     """A seed's stage 1 is another model there."""
-    monkeypatch.setattr(ablate, "run_row", lambda name, seed, *_: {"row": name, "seed": seed, "arithmetic": arithmetic})
-    for arithmetic, name in (("float32", "grpo"), ("bfloat16", "grpo"), ("bfloat16", "std"), ("bfloat16", "grpo")):
-        monkeypatch.setattr(ablate, "arithmetic", lambda now=arithmetic: now)
+    runs = [("float32", "grpo", 0.1), ("bfloat16", "grpo", 0.5), ("bfloat16", "std", 0.6), ("bfloat16", "grpo", 0.9),
+            ("float32", "std", 0.4)]
+    for arithmetic, name, em in runs:
+        line = {"row": name, "seed": 0, "arithmetic": arithmetic, "em_sampled": em, "seconds": 1,
+                "eval_seconds": 1}
+        monkeypatch.setattr(ablate, "arithmetic", lambda line=line: line["arithmetic"])
+        monkeypatch.setattr(ablate, "run_row", lambda *_, line=line: line)
         call(monkeypatch, tmp_path, "--here", "--rows", name, "--seeds", "0")
-    found = report.by_row(lines(tmp_path / "results.csv"))
-    assert [(name, list(seeds)) for name, seeds in found.items()] == [("grpo float32", [0]), ("grpo", [0]), ("std", [0])]
-    rows = report.with_float32(ablate.ROWS)
-    assert rows["grpo float32"].against == rows["std float32"].against == "grpo float32"
-    assert list(rows)[:2] == ["untrained", "untrained float32"] and rows["std"].against == "grpo"
+    written = lines(tmp_path / "results.csv")
+    assert [(line["arithmetic"], line["row"], float(line["em_sampled"])) for line in written] == runs[:3] + runs[4:]
+    made = report.tables(report.by_row(written), report.with_float32(ablate.ROWS))
+    assert "`std` |" in made["parts"] and "| `grpo`: +0.100, one seed |" in made["parts"]
+    assert "`std float32` |" in made["parts"] and "| `grpo float32`: +0.300, one seed |" in made["parts"]
+    assert "0.50" in made["readme"] and "0.10" not in made["readme"], "README shows bfloat16"
+
+
+def test_a_figure_draws_the_arithmetic_with_more_of_its_rows():
+    assert report.more_runs({"a": 1, "b float32": 1}, ["a", "b"]) == ""
+    assert report.more_runs({"a": 1, "a float32": 1, "b float32": 1}, ["a", "b"]) == " float32"
 
 
 def test_a_run_that_collapses_is_evaluated_and_says_so(tmp_path, monkeypatch):
@@ -353,3 +364,5 @@ def test_every_line_of_the_results_is_of_a_row():
         row = ablate.ROWS[line["row"]]
         assert 0 <= int(line["seed"]) < row.seeds
         assert 0 <= float(line["em_sampled"]) <= 1
+    keys = [(report.row_of(line), line["seed"]) for line in report.read(RESULTS / "results.csv")]
+    assert len(keys) == len(set(keys))

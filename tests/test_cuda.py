@@ -1,4 +1,4 @@
-"""Sampler, stage 1's step and stage 2's update on the device cuda, at the shapes of Qwen2.5. No GPU is needed: the tensors
+"""Sampler, stage 1's step and stage 2's update on the device cuda, at the widths of Qwen2.5. No GPU is needed: the tensors
 are fake (see fake_cuda.py)."""
 import json
 import subprocess
