@@ -2,10 +2,11 @@
 
 It is the stage's own program with a few changes, because a toy learns too little. Stage 1 trains on the conversations
 in OUT/lesson.json, with a tokenizer of 500 ids. In stage 2 every turn is a call, so the ToolActor is asked. The
-reward of stage 2 is one that random weights can earn. FLOAT64=1 in the environment computes in float64. Only 12
-questions are held out, and replies of the ToolMaker have at most 60 tokens, which saves time. The run writes its phases with their times to OUT/phases. DIE="phase step
-seconds" in the environment kills it with SIGKILL: in that phase of that step, after that many seconds, or at the end
-of the phase at the latest. DEAD_RANK="1": of several processes only this one dies.
+reward of stage 2 is one that random weights can earn. FLOAT64=1 in the environment computes in float64. To save time,
+only 12 questions are held out, and the ToolMaker's replies have at most 60 tokens. The run writes its phases with
+their times to OUT/phases. DIE="phase step seconds" in the environment kills it with SIGKILL: in that phase of that
+step, after that many seconds, or at the end of the phase at the latest. DEAD_RANK="1": of several processes only this
+one dies.
 UTILITIES=1 gives every question a tool with code."""
 import json
 import os
@@ -87,7 +88,7 @@ def few_held_out(real, config: grpo.GRPOConfig, world: object) -> tuple[list, li
 
 
 def short_replies(maker: agents.ToolMaker, real, sampler: object, reply_tokens: int) -> None:
-    """ToolMaker.__init__. Random weights never end a reply, so each of three tries would take 480 tokens."""
+    """Make a ToolMaker with short replies. Random weights rarely end one, so each of its three tries takes all tokens."""
     real(maker, sampler, 60)
 
 
