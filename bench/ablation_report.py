@@ -89,6 +89,14 @@ def difference(of_row: dict[int, dict], other: dict[int, dict], column: str = "e
     return f"no difference found ({shown})" if abs(mean) <= half else shown
 
 
+def compared(found: dict, name: str, row, column: str) -> str:
+    """A row's difference to the row that it is compared with, and the name of that row. "" if there is none."""
+    if name == row.against:
+        return ""
+    shown = difference(found[name], found.get(row.against, {}), column)
+    return f"`{row.against}`: {shown}" if shown else ""
+
+
 def table(head: list[str], body: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -96,14 +104,13 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def score_table(found: dict, rows: dict, group: str) -> str:
     """The rows of one table with their EMs."""
-    head = ["row", "what is trained", "seeds", *SCORES.values(), "difference in sampled EM to"]
+    head = ["row", "what is trained", "seeds", *SCORES.values(), "difference in sampled EM to", "in greedy EM to"]
     body = []
     for name, row in rows.items():
         if row.table == group and name in found:
-            compared = "" if name == row.against else difference(found[name], found.get(row.against, {}))
-            compared = f"`{row.against}`: {compared}" if compared else ""
             values = [cell(found[name], column) for column in SCORES]
-            body.append([f"`{name}`", row.text, str(len(found[name])), *values, compared])
+            differences = [compared(found, name, row, column) for column in ("em_sampled", "em_greedy")]
+            body.append([f"`{name}`", row.text, str(len(found[name])), *values, *differences])
     return table(head, body)
 
 
@@ -124,25 +131,27 @@ def speed_table(found: dict, rows: dict) -> str:
         if any(line["em_half"] for line in lines):
             reached = ", ".join(line["rollouts_to_80"] or ("never" if line["em_half"] or line["note"] else "–")
                                 for line in lines)
-            compared = "" if name == row.against else difference(found[name], found.get(row.against, {}), "em_half")
-            body.append([f"`{name}`", reached, cell(found[name], "em_half"), compared])
+            body.append([f"`{name}`", reached, cell(found[name], "em_half"), compared(found, name, row, "em_half")])
     return table(["row", "rollouts to .80, by seed", "EM after half of the rollouts",
-                  "difference of the latter to its reference row"], body)
+                  "difference of the latter to"], body)
 
 
 def time_table(found: dict, rows: dict) -> str:
     """Minutes of training and evaluation."""
     body = []
-    total = 0.0
+    minutes = {"bfloat16": [], "float32": []}
     for name in rows:
         if name in found:
             seconds = [float(line["seconds"]) + float(line["eval_seconds"]) for line in found[name].values()]
-            total += sum(seconds)
+            minutes["float32" if name.endswith(FLOAT32) else "bfloat16"] += [s / 60 for s in seconds]
             commits = ", ".join(sorted({line["commit"] for line in found[name].values()}))
             notes = " ".join(f"seed {seed}: {line['note']}" for seed, line in found[name].items() if line["note"])
             body.append([f"`{name}`", str(len(seconds)), f"{fmean(seconds) / 60:.1f}", f"{max(seconds) / 60:.1f}",
                          f"{sum(seconds) / 60:.1f}", commits, notes])
-    body.append(["all", str(sum(len(of_row) for of_row in found.values())), "", "", f"{total / 60:.1f}", "", ""])
+    for kind, of_runs in minutes.items():
+        if of_runs:
+            body.append([f"all in {kind}", str(len(of_runs)), f"{fmean(of_runs):.1f}", f"{max(of_runs):.1f}",
+                         f"{sum(of_runs):.1f}", "", ""])
     return table(["row", "runs", "minutes per run", "longest", "minutes in all", "commit", "stopped early"], body)
 
 
@@ -151,9 +160,9 @@ def readme_table(found: dict, rows: dict) -> str:
     body = []
     for name, title in MAIN.items():
         if name in found:
-            compared = "" if name == "grpo" else difference(found[name], found.get("grpo", {}))
+            against = "" if name == "grpo" else difference(found[name], found.get("grpo", {}))
             body.append([title, str(len(found[name])), cell(found[name], "em_sampled", 2),
-                         cell(found[name], "em_greedy", 2), cell(found[name], "calls", 1), compared])
+                         cell(found[name], "em_greedy", 2), cell(found[name], "calls", 1), against])
     return table(["trained by", "seeds", "sampled EM", "greedy EM", "calls", "sampled EM against GRPO"], body)
 
 

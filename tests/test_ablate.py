@@ -87,16 +87,17 @@ def test_runs_of_another_arithmetic_are_run_and_compared_by_themselves(tmp_path,
     runs = [("float32", "grpo", 0.1), ("bfloat16", "grpo", 0.5), ("bfloat16", "std", 0.6), ("bfloat16", "grpo", 0.9),
             ("float32", "std", 0.4)]
     for arithmetic, name, em in runs:
-        line = {"row": name, "seed": 0, "arithmetic": arithmetic, "em_sampled": em, "seconds": 1,
-                "eval_seconds": 1}
+        line = {"row": name, "seed": 0, "arithmetic": arithmetic, "em_sampled": em, "em_greedy": em / 2,
+                "seconds": 30, "eval_seconds": 30}
         monkeypatch.setattr(ablate, "arithmetic", lambda line=line: line["arithmetic"])
         monkeypatch.setattr(ablate, "run_row", lambda *_, line=line: line)
         call(monkeypatch, tmp_path, "--here", "--rows", name, "--seeds", "0")
     written = lines(tmp_path / "results.csv")
     assert [(line["arithmetic"], line["row"], float(line["em_sampled"])) for line in written] == runs[:3] + runs[4:]
     made = report.tables(report.by_row(written), report.with_float32(ablate.ROWS))
-    assert "`std` |" in made["parts"] and "| `grpo`: +0.100, one seed |" in made["parts"]
+    assert "`std` |" in made["parts"] and "| `grpo`: +0.100, one seed | `grpo`: +0.050, one seed |" in made["parts"]
     assert "`std float32` |" in made["parts"] and "| `grpo float32`: +0.300, one seed |" in made["parts"]
+    assert "| all in bfloat16 | 2 | 1.0 | 1.0 | 2.0 |" in made["time"] and "| all in float32 | 2 |" in made["time"]
     assert "0.50" in made["readme"] and "0.10" not in made["readme"], "README shows bfloat16"
 
 
