@@ -136,22 +136,25 @@ def speed_table(found: dict, rows: dict) -> str:
                   "difference of the latter to"], body)
 
 
+def spent(minutes: list[float]) -> list[str]:
+    """Number, mean, longest and sum of runs."""
+    return [str(len(minutes)), f"{fmean(minutes):.1f}", f"{max(minutes):.1f}", f"{sum(minutes):.1f}"]
+
+
 def time_table(found: dict, rows: dict) -> str:
     """Minutes of training and evaluation."""
     body = []
-    minutes = {"bfloat16": [], "float32": []}
+    totals = {"bfloat16": [], "float32": []}
     for name in rows:
         if name in found:
-            seconds = [float(line["seconds"]) + float(line["eval_seconds"]) for line in found[name].values()]
-            minutes["float32" if name.endswith(FLOAT32) else "bfloat16"] += [s / 60 for s in seconds]
+            minutes = [(float(line["seconds"]) + float(line["eval_seconds"])) / 60 for line in found[name].values()]
+            totals["float32" if name.endswith(FLOAT32) else "bfloat16"] += minutes
             commits = ", ".join(sorted({line["commit"] for line in found[name].values()}))
             notes = " ".join(f"seed {seed}: {line['note']}" for seed, line in found[name].items() if line["note"])
-            body.append([f"`{name}`", str(len(seconds)), f"{fmean(seconds) / 60:.1f}", f"{max(seconds) / 60:.1f}",
-                         f"{sum(seconds) / 60:.1f}", commits, notes])
-    for kind, of_runs in minutes.items():
-        if of_runs:
-            body.append([f"all in {kind}", str(len(of_runs)), f"{fmean(of_runs):.1f}", f"{max(of_runs):.1f}",
-                         f"{sum(of_runs):.1f}", "", ""])
+            body.append([f"`{name}`", *spent(minutes), commits, notes])
+    for kind, minutes in totals.items():
+        if minutes:
+            body.append([f"all in {kind}", *spent(minutes), "", ""])
     return table(["row", "runs", "minutes per run", "longest", "minutes in all", "commit", "stopped early"], body)
 
 
@@ -182,11 +185,15 @@ def fill(text: str, made: dict[str, str]) -> str:
 # -------------------------------------------------------------------------------------------------- figures
 
 
+def heading(picture: Picture, title: str, suffix: str = "") -> None:
+    """The title of a panel, and its arithmetic if that is not bfloat16: more_runs gives the suffix."""
+    picture.text(LEFT, picture.y + 14, title + suffix.replace(" ", ", "), font_weight="bold", font_size=22)
+    picture.y += 46
+
+
 def draw_rows(picture: Picture, found: dict, rows: dict) -> str:
     """A dot per run and a line at the mean: sampled EM of each row."""
-    picture.text(LEFT, picture.y + 14, "Held-out questions answered right (sampled EM)", font_weight="bold",
-                 font_size=22)
-    picture.y += 46
+    heading(picture, "Held-out questions answered right (sampled EM)")
     zero = 225
     scale = WIDTH - LEFT - 16 - zero
     top = picture.y
@@ -237,8 +244,7 @@ def draw_curves(picture: Picture, title: str, column: str, curves: dict, shown: 
     shown = {name + suffix: text for name, text in shown.items()}
     of_rows = [{line["seed"] for line in curves[name]} for name in shown if curves.get(name)]
     seeds = set.intersection(*of_rows) if of_rows else set()
-    picture.text(LEFT, picture.y + 14, title + suffix.replace(" ", ", "), font_weight="bold", font_size=22)
-    picture.y += 46
+    heading(picture, title, suffix)
     x = LEFT
     series = []
     for (name, text), color in zip(shown.items(), ("one", "two", "right", "wrong"), strict=False):
@@ -261,9 +267,7 @@ def draw_experiments(picture: Picture, found: dict, curves: dict) -> str:
     draw_curves(picture, "Credit by turn: held-out EM, sampled", "heldout_sampled", curves,
                 {"grpo": "one advantage per trace", "by_turn": "one per turn"}, [i / 5 for i in range(6)])
     suffix = more_runs(found, [f"{stage}_stops_{tenths}" for stage in ("sft", "grpo") for tenths in (0, 3, 6, 9)])
-    picture.text(LEFT, picture.y + 14, "The teacher's flaw: held-out EM, sampled" + suffix.replace(" ", ", "),
-                 font_weight="bold", font_size=22)
-    picture.y += 46
+    heading(picture, "The teacher's flaw: held-out EM, sampled", suffix)
     key(picture, LEFT, "two", "after SFT")
     key(picture, LEFT + 160, "one", "after GRPO")
     series = []
